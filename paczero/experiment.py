@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'FILES', 'choose_recipe', 'choose_device', 'with_dtype', 'memory_needed', 'results_folder',
-           'choose_folder', 'shown', 'reference_recipe', 'recipe_table', 'release_summary', 'file_table']
+           'choose_folder', 'run_or_load', 'shown', 'reference_recipe', 'recipe_table', 'release_summary', 'file_table']
 
-# %% ../nbs/13_experiment.ipynb #99062a73
+# %% ../nbs/13_experiment.ipynb #9107b7a1
 import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from . import paper
 from .finetune import _check
 from .paper import Recipe
 
-# %% ../nbs/13_experiment.ipynb #dfcfe9a4
+# %% ../nbs/13_experiment.ipynb #62fcc9ae
 PARAMETERS = ("model", "task", "track", "mechanism", "budget", "mi_schedule", "signal", "k", "lora_rank", "lr", "lr_schedule", "clip", "steps", "m", "design", "r",
               "seed", "n_train", "n_dev", "n_eval", "zo_eps", "eval_every", "restore", "dtype")
 
@@ -50,7 +50,7 @@ def _consistent(base, given):
         out = (dict(lora_rank=8, lora_alpha=16) if given["track"] == "lora" else dict(lora_rank=None, lora_alpha=None)) | out
     return out
 
-# %% ../nbs/13_experiment.ipynb #9f8ec746
+# %% ../nbs/13_experiment.ipynb #e5f03e0d
 def choose_device(
     device:str=None, # "cpu", "cuda", "cuda:1", …; None: a GPU where there is one
 )->str:
@@ -78,7 +78,7 @@ def memory_needed(
     return estimate_memory(recipe.model, track=recipe.track, dtype=recipe.dtype, restore=recipe.restore, best_copy=recipe.select == "best" and device == "cpu",
                            tokens=default_max_tokens(device), generation=recipe.task in ("squad", "facts"), **lora)
 
-# %% ../nbs/13_experiment.ipynb #fbe5490a
+# %% ../nbs/13_experiment.ipynb #5ccf81b5
 def results_folder(
     results_dir=None, # None: results/ of the project this runs in, else of the current folder
 )->Path:
@@ -95,14 +95,26 @@ def choose_folder(
 )->Path: # not made yet
     "The run's folder."
     runs = results_folder(results_dir)/"runs"
+    finished = lambda d: (d/"metrics.json").exists() and not ((d/"reference"/"config.json").exists() and not (d/"reference"/"metrics.json").exists())
     if run_id is not None:
         ok = isinstance(run_id, str) and run_id and run_id not in (".", "..") and all(c.isalnum() or c in "-_." for c in run_id)
         _check(ok, "run_id", run_id, "a folder name of letters, digits, '-', '_' and '.'")
-        if (runs/run_id/"metrics.json").exists(): raise FileExistsError(f"run_id={run_id!r}: {runs/run_id} holds a finished run; choose another run_id, or remove it; nothing was overwritten")
+        if finished(runs/run_id): raise FileExistsError(f"run_id={run_id!r}: {runs/run_id} holds a finished run; choose another run_id, or remove it; nothing was overwritten")
         return runs/run_id
     name, i = recipe.name(), 1
-    while (runs/(f"{name}-{i}" if i > 1 else name)/"metrics.json").exists(): i += 1
-    return runs/(f"{name}-{i}" if i > 1 else name)
+    folder = lambda: runs/(f"{name}-{i}" if i > 1 else name)
+    while finished(folder()): i += 1
+    return folder()
+
+def run_or_load(
+    folder, # the run's folder
+    model, tokenizer, task, mechanism, config, # as for `finetune`
+    **kw, # as for `finetune`
+):
+    "Run it, or go on with it, or, where it was finished before its reference was, read it back."
+    from paczero.finetune import finetune, load_result
+    if (Path(folder)/"metrics.json").exists(): return load_result(folder, model)
+    return finetune(model, tokenizer, task, mechanism, config, folder=folder, **kw)
 
 def shown(
     path, # a path
@@ -113,7 +125,7 @@ def shown(
         if path.is_relative_to(base.resolve()): return str(path.relative_to(base.resolve()))
     return path.name
 
-# %% ../nbs/13_experiment.ipynb #1d7f781f
+# %% ../nbs/13_experiment.ipynb #d3948902
 def reference_recipe(
     recipe:Recipe,
     wanted=None, # True, False; None: only for the embedded model, where it costs a minute
@@ -124,7 +136,7 @@ def reference_recipe(
     own = paper.recipe_for(recipe.model, recipe.task, recipe.track, "nonprivate")
     return replace(recipe, mechanism="nonprivate", signal="raw_full", budget=None, mi_schedule=None, lr=own.lr, clip=own.clip, source=own.source)
 
-# %% ../nbs/13_experiment.ipynb #214a7e13
+# %% ../nbs/13_experiment.ipynb #cac62510
 def recipe_table(
     recipe:Recipe,
     changed:dict, # from `choose_recipe`

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FineTuneConfig', 'Runtime', 'differences', 'config_differences', 'RunFolder', 'released', 'secret_file',
-           'FineTuneResult', 'history_frame', 'versions', 'peak_memory', 'describe_model', 'finetune']
+           'FineTuneResult', 'evaluations_frame', 'history_frame', 'versions', 'peak_memory', 'describe_model',
+           'finetune', 'load_result']
 
-# %% ../nbs/08_finetune.ipynb #419bf6e8
+# %% ../nbs/08_finetune.ipynb #ec3e37ff
 import json, math, os, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,14 +19,14 @@ from .subsets import KINDS, SubsetDesign
 from .transcript import (FORMAT, ChainedLog, Transcript, TranscriptError, canonical, coefficients, lock_folder,
                                 take_step, weights_digest)
 
-# %% ../nbs/08_finetune.ipynb #cc84b57e
+# %% ../nbs/08_finetune.ipynb #cdd4fe14
 def _check(ok, name, value, need):
     if not ok: raise ValueError(f"{name} must be {need}, got {value!r}")
 
 def _is_number(v, whole=False):
     return not isinstance(v, bool) and isinstance(v, (int, np.integer) if whole else (int, float, np.number)) and math.isfinite(v)
 
-# %% ../nbs/08_finetune.ipynb #0e146be6
+# %% ../nbs/08_finetune.ipynb #cf1ceb7e
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
     "What is run: all that decides, with the secret and the data, which bits come out."
@@ -70,7 +71,7 @@ class Runtime:
     test:bool = True # evaluate the test set before and after
     save_weights:bool = False # leave the fine-tuned weights (or adapter) in the run's folder
 
-# %% ../nbs/08_finetune.ipynb #2cb4f218
+# %% ../nbs/08_finetune.ipynb #edbd84c6
 def differences(
     theta:Theta, # the trainable parameters, at θ; afterwards at θ − εz of the last direction (`update` or `restore` take it from there)
     losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand
@@ -90,7 +91,7 @@ def differences(
         f"The weights have probably run away: try a smaller lr, or float32 in place of {theta.params[0].dtype}")
     return ghat, float(total)
 
-# %% ../nbs/08_finetune.ipynb #dae2af9f
+# %% ../nbs/08_finetune.ipynb #0d40be7d
 def _write_atomically(path, text:str):
     "Write a whole file or none of it: beside it first, synced, then renamed."
     path = Path(path); part = path.with_name(path.name + ".part")
@@ -110,7 +111,7 @@ def config_differences(
         elif a != b: out.append(f"{prefix}{k}: {a!r} -> {b!r}")
     return out
 
-# %% ../nbs/08_finetune.ipynb #4beee47d
+# %% ../nbs/08_finetune.ipynb #a2bfa47c
 class RunFolder:
     "A run on disk: opened fresh or to go on, held by this process alone."
     def __init__(self,
@@ -170,7 +171,7 @@ def released(
     "What the world sees of a step."
     return [int(r["scalar"]) if r["scalar"] in (1, -1) else r["scalar"] for r in records]
 
-# %% ../nbs/08_finetune.ipynb #82884bef
+# %% ../nbs/08_finetune.ipynb #ab2dd9cf
 def secret_file(
     folder, # the run's folder
 ):
@@ -192,7 +193,7 @@ def _hold_secret(mechanism, folder, resumed:bool):
         "What it released stays released; add its ledger to whatever you do next with this pool")
     else: mechanism.load_secret(file)
 
-# %% ../nbs/08_finetune.ipynb #d055dc58
+# %% ../nbs/08_finetune.ipynb #c035af55
 @dataclass(frozen=True, kw_only=True)
 class FineTuneResult:
     "A finished run."
@@ -203,6 +204,13 @@ class FineTuneResult:
     history:object # DataFrame, a row for each release: what the adversary knows anyway
     evaluations:object # DataFrame, a row for each look at the development set
     folder:Path = None # where the artefacts are; None for a run in memory
+
+def evaluations_frame(
+    entries, # the ledger's lines
+):
+    "One row a look at the development set (a DataFrame)."
+    import pandas as pd
+    return pd.DataFrame([dict(step=e["at"], **e["dev"]) for e in entries if "dev" in e])
 
 def history_frame(
     entries, # the ledger's lines
@@ -233,7 +241,7 @@ def peak_memory(device)->int: # bytes
     except ImportError: return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_finetune.ipynb #dc53faaa
+# %% ../nbs/08_finetune.ipynb #1819073c
 def describe_model(model)->dict:
     "The model as the transcript names it: no path of this machine, but a digest of every weight."
     from paczero.models import trainable_parameters
@@ -258,7 +266,7 @@ def _describe(model, task, mechanism, config, design):
     full = dict(shared, recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions())
     return full, dict(shared, format=FORMAT, update=config.update)
 
-# %% ../nbs/08_finetune.ipynb #2d1796d3
+# %% ../nbs/08_finetune.ipynb #f958e81d
 class _Callbacks:
     "The `transformers` callback protocol around this loop."
     def __init__(self, callbacks, model, tokenizer, config, runtime, folder, device):
@@ -287,7 +295,7 @@ class _Callbacks:
         if self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], self.state.global_step
 
-# %% ../nbs/08_finetune.ipynb #b2d69143
+# %% ../nbs/08_finetune.ipynb #b773df02
 class _Best:
     "The step with the lowest development loss, and the weights there."
     def __init__(self, theta, select): self.theta, self.select, self.step, self.loss, self.weights = theta, select, 0, math.inf, None
@@ -302,7 +310,7 @@ class _Best:
         with torch.no_grad():
             for p, w in zip(self.theta.params, self.weights or []): p.copy_(w)
 
-# %% ../nbs/08_finetune.ipynb #4fe066e3
+# %% ../nbs/08_finetune.ipynb #53cb781c
 class _Run:
     "One run in progress."
     def __init__(self, model, tokenizer, task, mechanism, config, runtime, folder, callbacks):
@@ -339,7 +347,7 @@ class _Run:
             if t + 1 in evals: self.best.see(t + 1, evals[t + 1])
         return len(steps)
 
-# %% ../nbs/08_finetune.ipynb #15e42617
+# %% ../nbs/08_finetune.ipynb #aa213858
 @patch
 def evaluate_dev(self:_Run, at:int):
     "Look at the development set after `at` steps; written down, so that a resumed run need not look again."
@@ -368,23 +376,22 @@ def train(self:_Run, done:int):
 @patch
 def _logs(self:_Run)->dict:
     "What callbacks see of a step."
-    steps = self.disk.steps; e = steps[-1]
-    recent = [r for s in steps[-100:] for r in s["releases"] if r.get("signs")]
+    recent = [e for e in self.disk.ledger.entries[-100:] if "releases" in e]; e = recent[-1]
+    recent = [r for s in recent for r in s["releases"] if r.get("signs")]
     return dict(loss=e["diagnostics"]["loss"], learning_rate=e["diagnostics"]["lr"], mi_spent=self.mechanism.ledger.spent,
                 unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent])) if recent else math.nan)
 
-# %% ../nbs/08_finetune.ipynb #9e2d257f
+# %% ../nbs/08_finetune.ipynb #ee6e6fe1
 @patch
 def finish(self:_Run, before:dict)->FineTuneResult:
     "Choose, evaluate, write everything down."
-    import pandas as pd
     disk, folder = self.disk, self.disk.path
     self.best.load()
     after = self.test.evaluate() if self.test else {}
     if "end" not in disk.transcript.entries[-1]: disk.transcript.append({"end": dict(best_step=self.best.step, weights=weights_digest(self.model))})
     transcript = Transcript.from_entries(disk.transcript.entries, disk.transcript.chain.digest)
     history, guarantee = history_frame(disk.ledger.entries), self.mechanism.guarantee()
-    evaluations = pd.DataFrame([dict(step=e["at"], **e["dev"]) for e in disk.evaluations])
+    evaluations = evaluations_frame(disk.ledger.entries)
     metrics = self._metrics(before, after, transcript, history, evaluations, guarantee)
     history.to_parquet(folder/"diagnostics.parquet")
     evaluations.to_csv(folder/"evaluations.csv", index=False)
@@ -411,7 +418,7 @@ def _metrics(self:_Run, before, after, transcript, history, evaluations, guarant
         peak_memory_bytes=peak_memory(self.device), device=self.device.type, cpus=os.cpu_count(), machine=platform.machine(),
         transcript_digest=transcript.digest, weights_digest=transcript.end["weights"], versions=versions())
 
-# %% ../nbs/08_finetune.ipynb #77f4dba7
+# %% ../nbs/08_finetune.ipynb #93452591
 def finetune(
     model, # from `load_model`; changed in place
     tokenizer,
@@ -455,3 +462,21 @@ def before(self:_Run)->dict:
     scores = self.test.evaluate() if self.test else {}
     self.disk.ledger.append({"test_before": scores})
     return scores
+
+# %% ../nbs/08_finetune.ipynb #a1cb32d6
+def load_result(
+    folder, # of a finished run
+    model=None, # the base model: becomes the fine-tuned one by replay; None: the result comes without a model
+)->FineTuneResult:
+    "A finished run, read back from its folder and checked."
+    from paczero.mechanisms import make_mechanism
+    from paczero.transcript import read_log, replay
+    folder = Path(folder)
+    if not (folder/"metrics.json").exists(): raise FileNotFoundError(f"{folder}: no finished run here (no metrics.json)")
+    metrics = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+    transcript, (entries, _, _) = Transcript.load(folder/"transcript.jsonl"), read_log(folder/"ledger.jsonl")
+    if transcript.digest != metrics["transcript_digest"]: raise TranscriptError(f"{folder}: the transcript is not the one that metrics.json speaks of")
+    mechanism = make_mechanism(transcript.header["mechanism"]).bind(SubsetDesign.from_dict(transcript.header["design"]))
+    mechanism.restore([r for e in entries for r in e.get("releases", [])])
+    return FineTuneResult(model=model if model is None else replay(model, transcript), metrics=metrics, transcript=transcript, guarantee=mechanism.guarantee(),
+                          history=history_frame(entries), evaluations=evaluations_frame(entries), folder=folder)

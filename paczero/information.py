@@ -6,11 +6,11 @@
 __all__ = ['binary_entropy', 'binary_channel_mi', 'sigma_for_mi', 'mi_for_epsilon', 'mi_for_posterior', 'epsilon_for_mi',
            'posterior_bound']
 
-# %% ../nbs/00_information.ipynb #2d290f34
+# %% ../nbs/00_information.ipynb #330dfbc7
 import math
 import numpy as np
 
-# %% ../nbs/00_information.ipynb #1dcb7e79
+# %% ../nbs/00_information.ipynb #a8931132
 def _numbers(name:str,            # the argument's name, for the message
              x,                   # a number or an array of numbers
              lo:float, hi:float,  # inclusive range
@@ -25,7 +25,7 @@ def _numbers(name:str,            # the argument's name, for the message
         raise ValueError(f"{name} = {float(a[bad].flat[0])!r} is out of range: it must lie in [{lo:g}, {hi:g}]{unit}")
     return a
 
-# %% ../nbs/00_information.ipynb #84476769
+# %% ../nbs/00_information.ipynb #6fbb4085
 def _number(name:str, x, lo:float, hi:float, unit:str='', open_:bool=False)->float:
     "One number in [`lo`, `hi`] (`open_`: strictly inside) as a float."
     a = _numbers(name, x, lo, hi, unit)
@@ -34,7 +34,7 @@ def _number(name:str, x, lo:float, hi:float, unit:str='', open_:bool=False)->flo
         raise ValueError(f"{name} = {float(a)!r} is out of range: it must lie strictly between {lo:g} and {hi:g}{unit}")
     return float(a)
 
-# %% ../nbs/00_information.ipynb #30b0bfb9
+# %% ../nbs/00_information.ipynb #f958f0e3
 def binary_entropy(q, # probability of one of the two values, in [0, 1]; any shape
                    ): # nats, in [0, ln 2]; the shape of `q`
     "Entropy of a coin with probability `q`, in nats."
@@ -44,7 +44,7 @@ def binary_entropy(q, # probability of one of the two values, in [0, 1]; any sha
         h = np.where(q > 0, -q * np.log(q) - (1 - q) * np.log1p(-q), 0.0)
     return h if h.ndim else float(h)
 
-# %% ../nbs/00_information.ipynb #94bbea6c
+# %% ../nbs/00_information.ipynb #f84589fb
 _ODD = [1 / k for k in range(27, 1, -2)]   # 1/27 .. 1/3: coefficients of artanh, highest power first
 
 def _h(x:np.ndarray, # at least -1
@@ -57,7 +57,7 @@ def _h(x:np.ndarray, # at least -1
         direct = np.where(x > -1, (1 + x) * np.log1p(x) - x, 1.0)
     return np.where(np.abs(x) < .25, series, direct)
 
-# %% ../nbs/00_information.ipynb #05e4c4ab
+# %% ../nbs/00_information.ipynb #e0363b9c
 def _trapezoid(q:np.ndarray,     # (b,) prior of the rarer sign, in (0, 1/2]
                sigma:np.ndarray, # (b,) noise std
                nodes:int,        # nodes on each side of 0
@@ -76,7 +76,7 @@ def _trapezoid(q:np.ndarray,     # (b,) prior of the rarer sign, in (0, 1/2]
     c = step[:, 0] / math.sqrt(2 * math.pi)
     return c * mi, c * var * (4 * q * (1 - q))[:, 0]
 
-# %% ../nbs/00_information.ipynb #747300c5
+# %% ../nbs/00_information.ipynb #411135d4
 _FAR, _TINY = 1e5, 1e-280     # beyond _FAR the series is exact to the last bit; below _TINY a mass counts as none
 
 def _channel(q:np.ndarray,     # (b,) prior of the rarer sign, in [0, 1/2]
@@ -91,13 +91,14 @@ def _channel(q:np.ndarray,     # (b,) prior of the rarer sign, in [0, 1/2]
         mi, var = np.where(sharp, H, mi), np.where(sharp, 0, var)
         todo = np.flatnonzero(~sharp & (sigma <= _FAR))
         nodes = np.ceil((10 + 1 / sigma[todo]) / np.minimum(.5, sigma[todo] / 4))
-        nodes = np.ceil(2**(np.ceil(2 * np.log2(nodes)) / 2)).astype(int)   # rounded up to a power of sqrt(2): few groups
+        # rounded up to a power of sqrt(2): few groups
+        nodes = np.ceil(2**(np.ceil(2 * np.log2(nodes)) / 2)).astype(int)
         for k in np.unique(nodes):
             for part in np.array_split(todo[nodes == k], 1 + (nodes == k).sum() * k // 2_000_000):
                 mi[part], var[part] = _trapezoid(q[part], sigma[part], k)
     return mi, var
 
-# %% ../nbs/00_information.ipynb #31ce62a1
+# %% ../nbs/00_information.ipynb #6e023756
 def binary_channel_mi(q_plus, # P(s = +1), in [0, 1]
                       sigma,  # noise std, in units of the ±1 sign, in [0, inf]; broadcasts with `q_plus`
                       ):      # nats, in [0, H(q_plus)]
@@ -106,7 +107,7 @@ def binary_channel_mi(q_plus, # P(s = +1), in [0, 1]
     mi, _ = _channel(np.minimum(q, 1 - q).ravel(), sigma.ravel())
     return mi.reshape(q.shape) if q.ndim else float(mi[0])
 
-# %% ../nbs/00_information.ipynb #67a49197
+# %% ../nbs/00_information.ipynb #f6c1f5c8
 def _snr_for_mi(q:float,      # prior of the rarer sign, in (0, 1/2]
                 target:float, # wanted information in nats, in (0, H(q))
                 rtol:float,   # accepted relative error of the information
@@ -125,7 +126,7 @@ def _snr_for_mi(q:float,      # prior of the rarer sign, in (0, 1/2]
         snr = new if lo < new < hi else (2 * lo if hi == math.inf else (lo + hi) / 2)
     raise RuntimeError(f"no sigma found for q_plus = {q!r}, {target = !r} nats: please report this as a bug")
 
-# %% ../nbs/00_information.ipynb #16c4ceaf
+# %% ../nbs/00_information.ipynb #a1e390c7
 def sigma_for_mi(q_plus, # P(s = +1), in [0, 1]
                  beta,   # nats allowed, at least 0; broadcasts with `q_plus`
                  ):      # noise std in units of the ±1 sign, in [0, inf]
@@ -137,7 +138,7 @@ def sigma_for_mi(q_plus, # P(s = +1), in [0, 1]
     if beta < _TINY: return math.inf                     # nothing finite leaks so little
     return 1 / math.sqrt(_snr_for_mi(q, beta * (1 - 5e-10), 4e-10))
 
-# %% ../nbs/00_information.ipynb #55f11ea1
+# %% ../nbs/00_information.ipynb #4ac11d69
 def mi_for_epsilon(eps,       # ε of an (ε, 0)-DP mechanism, in [0, inf]; any shape
                    prior=0.5, # the attacker's success before, in (0, 1)
                    ):         # nats
@@ -148,18 +149,19 @@ def mi_for_epsilon(eps,       # ε of an (ε, 0)-DP mechanism, in [0, inf]; any 
     mi = prior * _h((1 - prior) * a / D) + (1 - prior) * _h(-prior * a / D)
     return mi if mi.ndim else float(mi)
 
-# %% ../nbs/00_information.ipynb #6b006243
+# %% ../nbs/00_information.ipynb #07d45853
 def mi_for_posterior(p:float,         # the attacker's success after, in [prior, 1]
                      prior:float=0.5, # the attacker's success before, in (0, 1)
                      )->float:        # nats
     "Nats an attacker needs at least to be right with probability `p`: KL(Bern(p) || Bern(prior))."
     prior = _number('prior', prior, 0, 1, open_=True)
     p = _number('p', p, 0, 1)
-    if p < prior: raise ValueError(f"p = {p!r} lies below prior = {prior!r}: being worse than the prior needs no information")
+    if p < prior:
+        raise ValueError(f"p = {p!r} lies below prior = {prior!r}: being worse than the prior needs no information")
     d = np.array([(p - prior) / prior, -(p - prior) / (1 - prior)])
     return float(np.array([prior, 1 - prior]) @ _h(d))
 
-# %% ../nbs/00_information.ipynb #502ef3d7
+# %% ../nbs/00_information.ipynb #0ab99628
 def epsilon_for_mi(mi:float,        # nats, at least 0
                    prior:float=0.5, # the attacker's success before, in (0, 1)
                    )->float:        # ε, rounded up; inf where mi >= -ln(prior)
@@ -177,7 +179,7 @@ def epsilon_for_mi(mi:float,        # nats, at least 0
     while f(eps) < 0: eps *= 1 + 1e-14
     return eps
 
-# %% ../nbs/00_information.ipynb #cc4092cc
+# %% ../nbs/00_information.ipynb #869cc725
 def posterior_bound(mi:float,        # nats, at least 0
                     prior:float=0.5, # the attacker's success before, in (0, 1)
                     )->float:        # probability in [prior, 1], rounded up

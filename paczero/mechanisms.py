@@ -6,7 +6,7 @@
 __all__ = ['SIGNALS', 'MECHANISMS', 'pack_signs', 'unpack_signs', 'Release', 'Ledger', 'Guarantee', 'Mechanism', 'ZPL',
            'MIBudget', 'NonPrivate', 'make_mechanism']
 
-# %% ../nbs/02_mechanisms.ipynb #dca8b2c3
+# %% ../nbs/02_mechanisms.ipynb #58f06fb7
 import difflib, hashlib, json, math, os, secrets, stat
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -15,7 +15,7 @@ import numpy as np
 from .information import binary_channel_mi, binary_entropy, epsilon_for_mi, posterior_bound, sigma_for_mi
 from .subsets import SubsetDesign, _finite, _integer
 
-# %% ../nbs/02_mechanisms.ipynb #5c296b32
+# %% ../nbs/02_mechanisms.ipynb #d3378143
 class _OSEntropy:
     "Secret randomness from the operating system."
     audited = False
@@ -26,7 +26,7 @@ class _OSEntropy:
         b = self.bits(130, where)
         return (1 - 2 * (b & 1)) * NormalDist().inv_cdf((2 * (b >> 1) + 1) / 2**131)
 
-# %% ../nbs/02_mechanisms.ipynb #884f5c45
+# %% ../nbs/02_mechanisms.ipynb #d3c1b399
 STAMP = 'secret fixed for audit: no guarantee'
 
 class _AuditEntropy(_OSEntropy):
@@ -37,7 +37,7 @@ class _AuditEntropy(_OSEntropy):
         raw = hashlib.shake_256(f'paczero-audit-v1|{self.seed}|{where}'.encode()).digest((k + 7) // 8)
         return int.from_bytes(raw, 'little') >> (-k % 8)
 
-# %% ../nbs/02_mechanisms.ipynb #2c90763d
+# %% ../nbs/02_mechanisms.ipynb #d4e6ab85
 class Secret:
     "The index of the secret subset: usable, not showable."
     __slots__ = ('__index',)
@@ -49,7 +49,7 @@ class Secret:
     def _refuse(self, *args, **kwargs): raise TypeError("the secret refuses to be copied, pickled or serialised")
     __reduce__ = __reduce_ex__ = __copy__ = __deepcopy__ = __getstate__ = __int__ = __index__ = __iter__ = _refuse
 
-# %% ../nbs/02_mechanisms.ipynb #ce77ffc9
+# %% ../nbs/02_mechanisms.ipynb #4af28243
 def _write_secret(path, secret:Secret, m:int, **head)->None:
     "Create `path` with mode 600 and write the secret of 0..m-1 with the facts in `head`."
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0), 0o600)
@@ -63,7 +63,7 @@ def _write_secret(path, secret:Secret, m:int, **head)->None:
         os.unlink(path)
         raise
 
-# %% ../nbs/02_mechanisms.ipynb #e30f6012
+# %% ../nbs/02_mechanisms.ipynb #36a791ae
 def _read_secret(path, m:int, **head)->Secret:
     "The secret of 0..m-1 from a file of `_write_secret` that agrees with `head`."
     fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0))
@@ -87,7 +87,7 @@ def _parse_secret(f)->tuple: # what the file says but for the secret, and the se
     if not isinstance(d, dict) or type(d.get('index')) is not int or d['index'] < 0: return {}, None
     return {k: v for k, v in d.items() if k != 'index'}, Secret(d['index'])
 
-# %% ../nbs/02_mechanisms.ipynb #e426ac8e
+# %% ../nbs/02_mechanisms.ipynb #5039ef23
 def _quantise(subset_means, m:int)->tuple: # (M,) float64 means, (M,) int8 signs
     "Checked subset means and their signs."
     g = np.asarray(subset_means)
@@ -100,7 +100,7 @@ def _quantise(subset_means, m:int)->tuple: # (M,) float64 means, (M,) int8 signs
     g = g.astype(np.float64)
     return g, np.where(g >= 0, 1, -1).astype(np.int8)
 
-# %% ../nbs/02_mechanisms.ipynb #f078d520
+# %% ../nbs/02_mechanisms.ipynb #8c1c8070
 def pack_signs(signs)->str: # "M:+" or "M:-" if all agree, else "M:" and hexadecimal bits (1 for +1)
     "M signs ±1 as a short text."
     s = np.asarray(signs)
@@ -120,7 +120,7 @@ def unpack_signs(text:str)->np.ndarray: # (M,) int8 of ±1
         raise ValueError(f"signs = {str(text)[:60]!r} is not a text made by pack_signs")
     return s
 
-# %% ../nbs/02_mechanisms.ipynb #b560db05
+# %% ../nbs/02_mechanisms.ipynb #952df5af
 _RELEASE_KINDS = ('unanimous', 'coin', 'noisy', 'nonprivate')
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ class Release:
             raise ValueError(f"release record with unknown fields {extra[:5]} and missing fields {missing}")
         return cls(**record)
 
-# %% ../nbs/02_mechanisms.ipynb #c6662038
+# %% ../nbs/02_mechanisms.ipynb #5530ec30
 def _float(x:Fraction, up:bool)->float:
     "`x` as a float, rounded up or down."
     f = float(x)
@@ -182,7 +182,7 @@ def _float(x:Fraction, up:bool)->float:
     if not up and Fraction(f) > x: return math.nextafter(f, -math.inf)
     return f
 
-# %% ../nbs/02_mechanisms.ipynb #a79b8597
+# %% ../nbs/02_mechanisms.ipynb #d8078a9c
 class Ledger:
     "Nats booked, release by release; refuses to exceed its budget."
     def __init__(self, budget:float=None): # nats; None: no limit
@@ -231,7 +231,7 @@ class Ledger:
         for i in range(count): led.book(paid.get(i, 0.0))
         return led
 
-# %% ../nbs/02_mechanisms.ipynb #3ffd30a9
+# %% ../nbs/02_mechanisms.ipynb #50be9ba3
 _ASSUMPTIONS = (
     'The attacker may know everything else: the pool, the design, the algorithm, every public seed, all M signs of '
     'every step.',
@@ -239,23 +239,24 @@ _ASSUMPTIONS = (
     'test set.',
     'Nothing else left the training than the transcript and what is computed from it and from public data.')
 _NOT_COVERED = (
-    'The pool itself: it is assumed known to the attacker. Unanimous signs are functions of the pool, so the weights '
-    'may show that an example was in the pool.',
-    'It is not differential privacy: it says nothing about replacing, adding or removing an example of the pool, and '
-    'I = 0 is not ε = 0 differential privacy.',
-    'Examples outside the candidate design, such as the development set, and facts about a population that members '
-    'of the pool share.',
-    'Single runs with bad luck: for a budget above 0 the bound on the success holds on average over runs, not for '
-    'every transcript.',
+    'The pool itself: it is assumed known to the attacker. Unanimous signs are functions of the pool, so the '
+    'weights may show that an example was in the pool.',
+    'It is not differential privacy: it says nothing about replacing, adding or removing an example of the pool, '
+    'and I = 0 is not ε = 0 differential privacy.',
+    'Examples outside the candidate design, such as the development set, and facts about a population that '
+    'members of the pool share.',
+    'Side channels: running time, power, memory, logs of other software, and the machine that holds the secret '
+    'while it runs.')
+_NOT_COVERED_BUDGET = (
+    'Single runs with bad luck: for a budget above 0 the bound on the success holds on average over runs, not for'
+    ' every transcript.',
     'Repeated runs on the same pool with the same secret: their nats add up, hyper-parameter search included.',
-    'Side channels: running time, power, memory, logs of other software, and the machine that holds the secret while '
-    'it runs.',
     'The last bits of floating-point Gaussian noise: noise is rounded to a coarse grid to hide them, which is a '
     'safeguard and not a proof.')
 
 def _up(p:float)->str: return f'{math.ceil(p * 1e4 - 1e-9) / 1e4:.4f}'   # a probability, rounded up for the reader
 
-# %% ../nbs/02_mechanisms.ipynb #36e1aa39
+# %% ../nbs/02_mechanisms.ipynb #af673ec2
 @dataclass(frozen=True, kw_only=True)
 class Guarantee:
     "What may be said of the privacy of one run."
@@ -281,7 +282,9 @@ class Guarantee:
     def assumptions(self)->tuple: return (f'The secret subset: {self.secret}.',) + _ASSUMPTIONS if self.covered else ()
     @property
     def not_covered(self)->tuple:
-        return _NOT_COVERED if self.covered else ('everything: this run carries no privacy guarantee',)
+        if not self.covered: return ('everything: this run carries no privacy guarantee',)
+        # a bound of 0 holds for every run, and adds up to 0
+        return _NOT_COVERED + (_NOT_COVERED_BUDGET if self.mi else ())
 
     def to_dict(self)->dict: # JSON-able
         return {**{f.name: getattr(self, f.name) for f in fields(self)}, 'covered': self.covered,
@@ -328,7 +331,7 @@ class Guarantee:
 
     def _repr_markdown_(self): return self.markdown()
 
-# %% ../nbs/02_mechanisms.ipynb #57f0230d
+# %% ../nbs/02_mechanisms.ipynb #3bdde013
 class Mechanism:
     "Base: bind a design, release, account, restore."
     name, private, needs_secret = 'mechanism', True, False
@@ -360,8 +363,7 @@ class Mechanism:
         if self.design is None: raise RuntimeError(f"{self.name}: bind a SubsetDesign before releasing")
         if self.needs_secret and self._secret is None:
             raise RuntimeError(f"{self.name}: the restored releases were about a secret that is not here: "
-                               f"load_secret(path) "
-                               "to go on, or bind again for a fresh run with a new secret")
+                               "load_secret(path) to go on, or bind again for a fresh run with a new secret")
 
     def _signs(self, subset_means)->tuple:
         self._check_ready()
@@ -467,13 +469,13 @@ class Mechanism:
         args = ', '.join(f'{k}={v!r}' for k, v in self._arguments().items())
         return f"{type(self).__name__}({args})" + (f" [{STAMP}]" if self.audited else '')
 
-# %% ../nbs/02_mechanisms.ipynb #42d84eea
+# %% ../nbs/02_mechanisms.ipynb #09102d17
 _ORIGINS = dict(none='none is drawn, for none is needed',
                 drawn="drawn uniformly from the operating system's entropy, kept in memory only",
                 loaded="drawn uniformly from the operating system's entropy, kept in a file that nobody else has read",
                 lost="drawn uniformly from the operating system's entropy, and gone with the process that held it")
 
-# %% ../nbs/02_mechanisms.ipynb #40877fb5
+# %% ../nbs/02_mechanisms.ipynb #c72b9860
 class ZPL(Mechanism):
     "Release the sign if all candidate subsets agree, else a fair coin: I(S*; Y) = 0 exactly."
     name = 'zpl'
@@ -496,18 +498,18 @@ class ZPL(Mechanism):
             if (rel.kind == 'unanimous') != bool((s == s[0]).all()) or (rel.kind == 'unanimous' and s[0] != rel.sign):
                 raise ValueError(f"kind {rel.kind!r} and sign {rel.sign} contradict the recorded signs")
 
-# %% ../nbs/02_mechanisms.ipynb #0d946ead
+# %% ../nbs/02_mechanisms.ipynb #def884fc
 def _booked(q:float, sigma:float)->float: # nats
     "Upper bound of the channel's information: its numerical error is far below the 2e-11 added."
     return binary_channel_mi(q, sigma) * (1 + 2e-11)
 
-# %% ../nbs/02_mechanisms.ipynb #db581bc9
+# %% ../nbs/02_mechanisms.ipynb #849d7ceb
 def _noisy(secret:Secret, signs:np.ndarray, sigma:float, entropy, where:str)->float:
     "s + N(0, sigma²) for the secret subset's sign s, rounded to a power of two near sigma / 2^20."
     grid = math.ldexp(1.0, math.frexp(sigma)[1] - 21)
     return round((float(secret.pick(signs)) + sigma * entropy.gauss(where)) / grid) * grid
 
-# %% ../nbs/02_mechanisms.ipynb #3fddbcdf
+# %% ../nbs/02_mechanisms.ipynb #80ca8946
 class MIBudget(Mechanism):
     "Release the secret subset's sign under Gaussian noise, for at most `budget` nats over the whole run."
     name, needs_secret = 'mi', True
@@ -617,7 +619,7 @@ class MIBudget(Mechanism):
         if rel.mi > allowance * (1 + 1e-9):
             raise ValueError(f"mi = {rel.mi} exceeds the schedule's {allowance} nats for this release")
 
-# %% ../nbs/02_mechanisms.ipynb #f866aaa1
+# %% ../nbs/02_mechanisms.ipynb #2a698c20
 SIGNALS = ('raw_full', 'quant_full', 'raw_half', 'quant_half', 'random_sign')
 
 class NonPrivate(Mechanism):
@@ -677,7 +679,7 @@ class NonPrivate(Mechanism):
         if not self.signal.startswith('raw') and rel.scalar != rel.sign:
             raise ValueError(f"scalar = {rel.scalar} is not the sign {rel.sign}")
 
-# %% ../nbs/02_mechanisms.ipynb #10f0aba8
+# %% ../nbs/02_mechanisms.ipynb #f1a97f68
 MECHANISMS = {'zpl': ZPL, 'mi': MIBudget, 'nonprivate': NonPrivate}
 
 def make_mechanism(spec:dict)->Mechanism: # `spec`: what `describe()` gave, e.g. dict(name="mi", budget=.33, steps=200)

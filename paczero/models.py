@@ -6,14 +6,14 @@
 __all__ = ['MODELS', 'ModelSpec', 'resolve_model', 'resolve_device', 'model_config', 'MemoryEstimate', 'estimate_memory',
            'free_memory', 'check_memory', 'load_model', 'trainable_parameters', 'convert_to_safetensors']
 
-# %% ../nbs/05_models.ipynb #ab08f3d5
+# %% ../nbs/05_models.ipynb #9a24d8ce
 import hashlib, json, math, os, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from .tasks import _check_int, _nearest, hub_reachable
 
-# %% ../nbs/05_models.ipynb #4a061052
+# %% ../nbs/05_models.ipynb #c6e3e17d
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     "Where a model comes from"
@@ -27,7 +27,7 @@ class ModelSpec:
     def source(self): "One line for records: hub, installed with a package, or a local folder"; return _source(self)
     def config(self): "transformers configuration from `shape`: no file, no network"; return _opt_config(self.shape)
 
-# %% ../nbs/05_models.ipynb #1f0f854a
+# %% ../nbs/05_models.ipynb #24a38158
 def _source(spec):
     if spec.hub: return f"hub {spec.hub}@{spec.revision or 'main'}"
     return f"{'installed' if callable(spec.folder) else 'folder'} {spec.name}"
@@ -43,7 +43,7 @@ def _tiny_opt():
     from paczero.embedded import tiny_opt_path
     return tiny_opt_path()
 
-# %% ../nbs/05_models.ipynb #240f5e82
+# %% ../nbs/05_models.ipynb #8c0923ca
 _SHAPES = { # hidden, layers, heads, ffn, width of the embedding
     "125m": (768, 12, 12, 3072, 768), "350m": (1024, 24, 16, 4096, 512), "1.3b": (2048, 24, 32, 8192, 2048),
     "2.7b": (2560, 32, 32, 10240, 2560), "6.7b": (4096, 32, 32, 16384, 4096), "13b": (5120, 40, 40, 20480, 5120),
@@ -52,7 +52,7 @@ _SHAPES = { # hidden, layers, heads, ffn, width of the embedding
 MODELS = {"tiny-opt": ModelSpec(name="tiny-opt", folder=_tiny_opt)} | {
     f"opt-{size}": ModelSpec(name=f"opt-{size}", hub=f"facebook/opt-{size}", shape=s) for size, s in _SHAPES.items()}
 
-# %% ../nbs/05_models.ipynb #1e0bf22e
+# %% ../nbs/05_models.ipynb #d726b26a
 def resolve_model(
     name # short name, local folder, or "org/name[@revision]" on the hub
 )->ModelSpec:
@@ -69,7 +69,7 @@ def resolve_model(
     raise ValueError(f"unknown model {str(name)!r}{_nearest(name, MODELS)} Short names: {', '.join(MODELS)}; else "
                      "give an existing folder, or org/name of the Hugging Face hub")
 
-# %% ../nbs/05_models.ipynb #c40e2e92
+# %% ../nbs/05_models.ipynb #f215e42f
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2} # bytes
 _TRACKS = {"full": "full", "ft": "full", "lora": "lora"}
 
@@ -82,7 +82,7 @@ def _dtype_name(dtype): # "float16" or torch.float16 -> "float16"
     _choose("dtype", name, _DTYPES)
     return name
 
-# %% ../nbs/05_models.ipynb #6ce2fbe0
+# %% ../nbs/05_models.ipynb #e9a14f76
 def resolve_device(
     device # "cpu", "cuda", "cuda:1", "mps"; "auto": the first GPU if there is one, else the CPU
 ):
@@ -101,7 +101,7 @@ def resolve_device(
         raise ValueError(f"device {str(d)!r} is not available: {have}; use device='cpu' or 'auto'")
     return torch.device("cuda", d.index or 0) if d.type == "cuda" else d
 
-# %% ../nbs/05_models.ipynb #975da785
+# %% ../nbs/05_models.ipynb #9ed4e354
 def _read_json(file):
     try: d = json.loads(Path(file).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{file} is not JSON: {e}") from None
@@ -126,7 +126,7 @@ def _refuse_weights(names, where): # no safetensors among these file names: say 
     raise FileNotFoundError(f"{where} has no weights (model.safetensors){hint}; it has "
                             f"{', '.join(sorted(names)[:12]) or 'nothing'}")
 
-# %% ../nbs/05_models.ipynb #bbf23a61
+# %% ../nbs/05_models.ipynb #e3a3e7ec
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 def _check_folder(folder, where): # config, readable weights and a tokenizer are there
@@ -151,7 +151,7 @@ def _check_safetensors(file): # its header agrees with its size
         with safe_open(file, framework="numpy") as f: f.keys()
     except (SafetensorError, OSError) as e: raise ValueError(f"{file} is damaged ({e}): fetch it again") from None
 
-# %% ../nbs/05_models.ipynb #ef53f00a
+# %% ../nbs/05_models.ipynb #d11c15f5
 def model_config(
     name # as for `resolve_model`
 ):
@@ -171,7 +171,7 @@ def model_config(
         raise ValueError(f"model {spec.name!r} of type {config.model_type!r} is not a causal language model")
     return config
 
-# %% ../nbs/05_models.ipynb #6bd3d770
+# %% ../nbs/05_models.ipynb #db9a499f
 def _config_folder(spec): # folder that holds config.json; of a hub model, only that file is fetched
     if not spec.hub:
         folder = Path(spec.folder() if callable(spec.folder) else spec.folder)
@@ -196,7 +196,7 @@ def _from_hub(spec, get): # cache first, then ask once whether the hub answers, 
         raise ConnectionError(f"model {spec.name!r}: could not fetch {spec.hub} ({type(e).__name__}: "
                               f"{str(e).strip()[:300]}). Does it exist, and may you read it? {how}") from e
 
-# %% ../nbs/05_models.ipynb #7b03c581
+# %% ../nbs/05_models.ipynb #82dcf689
 def _meta_model(config, dtype="float32"): # shapes only; no storage, no random numbers
     import torch
     from transformers import AutoModelForCausalLM
@@ -209,7 +209,7 @@ def _linears(model): # name -> module, of what LoRA can be put on; without the o
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
 
-# %% ../nbs/05_models.ipynb #7bb53985
+# %% ../nbs/05_models.ipynb #b71ed0b2
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     "Bytes that a run needs on its device, by use"
@@ -229,7 +229,7 @@ class MemoryEstimate:
     def total(self): "Bytes in all"; return sum(getattr(self, f.name) for f in fields(self)[5:])
     def table(self): "Parts and total as text, in MB"; return _memory_table(self)
 
-# %% ../nbs/05_models.ipynb #d33678d3
+# %% ../nbs/05_models.ipynb #95ae62cd
 def _memory_table(m):
     rows = [(f.name, getattr(m, f.name)) for f in fields(m)[5:]] + [("total", m.total)]
     return "\n".join([f"{m.name}, {m.track}, {m.dtype}: {m.n_parameters:,} parameters, {m.n_trainable:,} trained"]
@@ -242,7 +242,7 @@ def _sizes(config): # hidden, layers, ffn, vocabulary of any architecture
                4 * hidden)
     return hidden, c.num_hidden_layers, ffn, c.vocab_size
 
-# %% ../nbs/05_models.ipynb #5d55d63f
+# %% ../nbs/05_models.ipynb #59d8135c
 def estimate_memory(
     name, # as for `resolve_model`
     *,
@@ -275,7 +275,7 @@ def estimate_memory(
         best_copy=sum(trained) * size * bool(best_copy), noise=2 * 4 * max(trained),
         activations=tokens * per_token * size, logits=2 * 4 * logit_rows * vocab)
 
-# %% ../nbs/05_models.ipynb #c2478da6
+# %% ../nbs/05_models.ipynb #88c06808
 _DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",))
 
 def _lora_modules(model, targets=None): # name -> linear layer that gets an adapter
@@ -295,7 +295,7 @@ def _lora_modules(model, targets=None): # name -> linear layer that gets an adap
                                             f"{type(model).__name__} has {', '.join(kinds)}")
     return under(targets)
 
-# %% ../nbs/05_models.ipynb #b01889dc
+# %% ../nbs/05_models.ipynb #8c133289
 def free_memory(
     device = "cpu" # as for `resolve_device`
 )->int|None: # bytes; None where the system does not say
@@ -309,7 +309,7 @@ def free_memory(
     known = [b for b in (_ram_available(), _cgroup_available()) if b is not None]
     return min(known) if known else None
 
-# %% ../nbs/05_models.ipynb #b54aa8f5
+# %% ../nbs/05_models.ipynb #6155cc00
 def _numbers(file): # "name: value kB" or "name value" lines -> dict
     try: lines = Path(file).read_text().splitlines()
     except OSError: return {}
@@ -330,7 +330,7 @@ def _cgroup_available(root="/sys/fs/cgroup"): # a container's limit less what it
         except (OSError, ValueError): continue # not there, or "max": no limit
     return None
 
-# %% ../nbs/05_models.ipynb #e326cd65
+# %% ../nbs/05_models.ipynb #d0ddb097
 def check_memory(
     estimate:MemoryEstimate, # what the run needs
     device = "cpu",
@@ -348,7 +348,7 @@ def check_memory(
                       f"{device}, of which {free / 1e9:.2f} GB are free; what helps: "
                       f"{', '.join(ways + ['a smaller model'])}.\n{estimate.table()}")
 
-# %% ../nbs/05_models.ipynb #965f66a1
+# %% ../nbs/05_models.ipynb #87ebbca0
 _WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
            "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "chat_template*"]
 
@@ -380,7 +380,7 @@ def _cached_conversions(spec): # pull requests that an earlier run fetched in pl
     refs = Path(constants.HF_HUB_CACHE)/f"models--{spec.hub.replace('/', '--')}"/"refs"/"refs"/"pr"
     return [] if spec.revision else [f"refs/pr/{f.name}" for f in sorted(refs.glob("*"))]
 
-# %% ../nbs/05_models.ipynb #d05608b8
+# %% ../nbs/05_models.ipynb #d9cd0a2e
 def _safetensors_revision(spec): # the revision to fetch: the wanted one, or the hub's own conversion of it
     from huggingface_hub import HfApi
     api = HfApi()
@@ -392,7 +392,7 @@ def _safetensors_revision(spec): # the revision to fetch: the wanted one, or the
                 return f"refs/pr/{d.num}"
     _refuse_weights(names, f"{spec.hub} on the hub")
 
-# %% ../nbs/05_models.ipynb #620e4ec1
+# %% ../nbs/05_models.ipynb #0bd7b57f
 def _load_tokenizer(folder, config):
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -414,7 +414,7 @@ def _begin_with_bos(tok, config): # OPT's own tokenizer begins every text with <
     tok.backend_tokenizer.post_processor = TemplateProcessing(single=f"{tok.bos_token}:0 $A:0",
                                                               pair=f"{tok.bos_token}:0 $A:0 $B:1", special_tokens=bos)
 
-# %% ../nbs/05_models.ipynb #370f2aa8
+# %% ../nbs/05_models.ipynb #864eb44a
 def _add_lora(model, rank, alpha, targets, seed, dtype):
     import torch
     from peft import LoraConfig, get_peft_model
@@ -439,7 +439,7 @@ def _uniform(p, generator): # (rank, in), in ±1/√in, on the CPU in float32
     import torch
     return (2 * torch.rand(p.shape, generator=generator) - 1) / math.sqrt(p.shape[1])
 
-# %% ../nbs/05_models.ipynb #a12aae9a
+# %% ../nbs/05_models.ipynb #da928d8c
 def load_model(
     name, # short name in `MODELS`, "org/name[@revision]" on the hub, or a local folder
     *,
@@ -477,7 +477,7 @@ def load_model(
                          **(facts if track == "lora" else {}))
     return model, tokenizer
 
-# %% ../nbs/05_models.ipynb #2b4e85fd
+# %% ../nbs/05_models.ipynb #9fb4caef
 def _check_lora(track, rank, alpha, targets, seed):
     _check_int("lora_rank", rank, 1); _check_int("seed", seed, 0)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
@@ -513,7 +513,7 @@ def _load_weights(folder, config, dtype, device):
                          f"another shape ({', '.join(bad[:3])} …)")
     return model
 
-# %% ../nbs/05_models.ipynb #ec2b8445
+# %% ../nbs/05_models.ipynb #93ab06a9
 def trainable_parameters(
     model # from `load_model`
 )->list: # of (name, parameter), in the model's own order; a tied tensor once
@@ -523,7 +523,7 @@ def trainable_parameters(
         raise ValueError("the model has no trainable parameters: load it with load_model, or set requires_grad on some")
     return named
 
-# %% ../nbs/05_models.ipynb #6bd718ae
+# %% ../nbs/05_models.ipynb #f2304b94
 def convert_to_safetensors(
     source, # folder with pytorch_model.bin (or its parts), config and tokenizer, from somewhere you trust
     folder, # new folder: the same model with safetensors
@@ -545,7 +545,7 @@ def convert_to_safetensors(
         return work.rename(folder)
     finally: shutil.rmtree(work, ignore_errors=True)
 
-# %% ../nbs/05_models.ipynb #43086a31
+# %% ../nbs/05_models.ipynb #aacea422
 def _convert_parts(parts, folder): # pytorch_model*.bin -> model*.safetensors, with an index where there are several
     from safetensors.torch import save_file
     weight_map, total = {}, 0
