@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['ASSETS', 'tiny_opt_path', 'reviews', 'normal_form', 'facts', 'attribution']
 
-# %% ../nbs/03a_embedded.ipynb #8ce8559a
+# %% ../nbs/03a_embedded.ipynb #f21ba0c4
 import csv, difflib, hashlib, re
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/03a_embedded.ipynb #abffc318
+# %% ../nbs/03a_embedded.ipynb #9036656a
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../paczero/assets').resolve()
 
-# %% ../nbs/03a_embedded.ipynb #36fce81d
+# %% ../nbs/03a_embedded.ipynb #9adf468d
 def tiny_opt_path() -> Path: # folder in Hugging Face format: config, weights (safetensors), tokenizer
     "The folder of the embedded `tiny-opt` model; raises `FileNotFoundError` where the installation lost it."
     path = ASSETS/'tiny-opt'
@@ -25,7 +25,7 @@ def tiny_opt_path() -> Path: # folder in Hugging Face format: config, weights (s
                                     'reinstall paczero (its package data hold the embedded model)')
     return path
 
-# %% ../nbs/03a_embedded.ipynb #ed1f033c
+# %% ../nbs/03a_embedded.ipynb #6b39b532
 _PARTS = ('train', 'test')
 
 def _check_part(part):
@@ -34,7 +34,7 @@ def _check_part(part):
     near = difflib.get_close_matches(str(part), _PARTS, 1, 0.4)
     raise ValueError(f'part must be one of {_PARTS}, got {part!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
 
-# %% ../nbs/03a_embedded.ipynb #099c5e9e
+# %% ../nbs/03a_embedded.ipynb #6e25002e
 @lru_cache(maxsize=None)
 def _read_reviews(part):
     "Rows of one part as a tuple, read once."
@@ -45,7 +45,7 @@ def _read_reviews(part):
     if not rows: raise ValueError(f'{path} is empty; reinstall paczero')
     return rows
 
-# %% ../nbs/03a_embedded.ipynb #e5ca05d9
+# %% ../nbs/03a_embedded.ipynb #9a975199
 def reviews(
     part:str='train', # "train" (2000 sentences: pool and development set) or "test" (1000 sentences)
 ) -> list: # of dicts: text, label (1 great, 0 terrible), rating (mean human rating, -4 to 4), uid
@@ -54,26 +54,28 @@ def reviews(
     return [dict(text=r['text'], label=int(r['label']), rating=float(r['rating']), uid=r['uid'])
             for r in _read_reviews(part)]
 
-# %% ../nbs/03a_embedded.ipynb #5bf88f1a
+# %% ../nbs/03a_embedded.ipynb #eaa4edfc
 def normal_form(
     text:str, # any text
 ) -> str: # lower case, letters and digits only
     "What two texts share when they differ in case, spaces and punctuation alone."
     return re.sub(r'[\W_]+', '', text.lower())
 
-# %% ../nbs/03a_embedded.ipynb #1895a71a
+# %% ../nbs/03a_embedded.ipynb #43713a86
 _NAMES = ('Adam Alice Anna Arthur Ben Bruno Carl Clara Daniel David Diana Edith Elena Emma Eric Felix Frank George '
           'Grace Hanna Henry Hugo Ida Irene Jack James Jane Julia Karl Kate Laura Leo Louis Lucy Mark Martha Max Mia '
-          'Nina Nora Oliver Oscar Paul Peter Rosa Ruth Sam Sarah Simon Sofia Theo Thomas Tina Victor Vera Walter').split()
+          'Nina Nora Oliver Oscar Paul Peter Rosa Ruth Sam Sarah Simon Sofia Theo Thomas Tina Victor Vera '
+          'Walter').split()
 _PLACES = ('Athens Berlin Bonn Boston Cairo Chicago Dallas Delhi Denver Dublin Geneva Havana Houston Kyoto Lima Lisbon '
            'London Lyon Madrid Miami Milan Moscow Munich Naples Nice Osaka Oslo Oxford Paris Prague Rome Seoul Sydney '
            'Tokyo Turin Venice Vienna Warsaw York Zurich').split()
 _JOBS = ('actor artist baker barber builder butcher chemist clerk cook dancer dentist doctor driver farmer gardener '
-         'guard judge lawyer miner nurse painter pilot plumber poet sailor singer soldier tailor teacher writer').split()
+         'guard judge lawyer miner nurse painter pilot plumber poet sailor singer soldier tailor teacher '
+         'writer').split()
 _ANIMALS = 'birds cats cows dogs ducks goats horses pigs rabbits sheep'.split()
 _COUNTS = ('two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty fifty').split()
 
-# %% ../nbs/03a_embedded.ipynb #f5430c76
+# %% ../nbs/03a_embedded.ipynb #3c872b81
 def _one_fact(rng):
     "One passage about two people, a question that one of its four sentences answers."
     pick = lambda words, k=2: [words[i] for i in rng.permutation(len(words))[:k]]
@@ -88,7 +90,7 @@ def _one_fact(rng):
     return dict(title=f'{names[0]} and {names[1]}', context=context.replace(' a actor', ' an actor').replace(
         ' a artist', ' an artist'), question=kind[1].format(names[who]), answers=[kind[2][who]])
 
-# %% ../nbs/03a_embedded.ipynb #76ab2f44
+# %% ../nbs/03a_embedded.ipynb #891ffd04
 _SHARES = dict(pretrain=range(0, 8), train=range(8, 12), test=range(12, 16))   # by the first hex digit of the hash
 
 def _facts(part, n, seed):
@@ -102,7 +104,7 @@ def _facts(part, n, seed):
         rows.append(dict(id=digest[:16], **row))
     return rows
 
-# %% ../nbs/03a_embedded.ipynb #59c23838
+# %% ../nbs/03a_embedded.ipynb #b0b32340
 def facts(
     part:str='train', # "train" (pool and development set) or "test"; disjoint whatever the seeds
     n:int=None, # how many; 2000 of "train", 1000 of "test" where None
@@ -117,7 +119,8 @@ def facts(
         raise ValueError(f'seed must be a whole number from 0 to 2**32 - 1, got {seed!r}')
     return _facts(part, int(n), int(seed))
 
-# %% ../nbs/03a_embedded.ipynb #a4d222f2
+# %% ../nbs/03a_embedded.ipynb #4a3626c5
 def attribution() -> str: # plain text
     "Where the embedded model's and tasks' data come from, and under which licences."
-    return '\n\n'.join((ASSETS/name/'README.md').read_text(encoding='utf-8').strip() for name in ('tiny-opt', 'reviews'))
+    return '\n\n'.join((ASSETS/name/'README.md').read_text(encoding='utf-8').strip()
+                       for name in ('tiny-opt', 'reviews'))

@@ -7,7 +7,7 @@ __all__ = ['FineTuneConfig', 'Runtime', 'differences', 'config_differences', 'Ru
            'FineTuneResult', 'evaluations_frame', 'history_frame', 'versions', 'peak_memory', 'describe_model',
            'finetune', 'load_result']
 
-# %% ../nbs/08_finetune.ipynb #ec3e37ff
+# %% ../nbs/08_finetune.ipynb #ebdd0211
 import json, math, os, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,14 +19,14 @@ from .subsets import KINDS, SubsetDesign
 from .transcript import (FORMAT, ChainedLog, Transcript, TranscriptError, canonical, coefficients, lock_folder,
                                 take_step, weights_digest)
 
-# %% ../nbs/08_finetune.ipynb #cdd4fe14
+# %% ../nbs/08_finetune.ipynb #8f7a0e03
 def _check(ok, name, value, need):
     if not ok: raise ValueError(f"{name} must be {need}, got {value!r}")
 
 def _is_number(v, whole=False):
     return not isinstance(v, bool) and isinstance(v, (int, np.integer) if whole else (int, float, np.number)) and math.isfinite(v)
 
-# %% ../nbs/08_finetune.ipynb #cf1ceb7e
+# %% ../nbs/08_finetune.ipynb #ca1f70e3
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
     "What is run: all that decides, with the secret and the data, which bits come out."
@@ -71,7 +71,7 @@ class Runtime:
     test:bool = True # evaluate the test set before and after
     save_weights:bool = False # leave the fine-tuned weights (or adapter) in the run's folder
 
-# %% ../nbs/08_finetune.ipynb #edbd84c6
+# %% ../nbs/08_finetune.ipynb #4ee312f8
 def differences(
     theta:Theta, # the trainable parameters, at θ; afterwards at θ − εz of the last direction (`update` or `restore` take it from there)
     losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand
@@ -91,7 +91,7 @@ def differences(
         f"The weights have probably run away: try a smaller lr, or float32 in place of {theta.params[0].dtype}")
     return ghat, float(total)
 
-# %% ../nbs/08_finetune.ipynb #0d40be7d
+# %% ../nbs/08_finetune.ipynb #b5fb32bf
 def _write_atomically(path, text:str):
     "Write a whole file or none of it: beside it first, synced, then renamed."
     path = Path(path); part = path.with_name(path.name + ".part")
@@ -111,7 +111,7 @@ def config_differences(
         elif a != b: out.append(f"{prefix}{k}: {a!r} -> {b!r}")
     return out
 
-# %% ../nbs/08_finetune.ipynb #a2bfa47c
+# %% ../nbs/08_finetune.ipynb #7d826db6
 class RunFolder:
     "A run on disk: opened fresh or to go on, held by this process alone."
     def __init__(self,
@@ -171,7 +171,7 @@ def released(
     "What the world sees of a step."
     return [int(r["scalar"]) if r["scalar"] in (1, -1) else r["scalar"] for r in records]
 
-# %% ../nbs/08_finetune.ipynb #ab2dd9cf
+# %% ../nbs/08_finetune.ipynb #fcf50be5
 def secret_file(
     folder, # the run's folder
 ):
@@ -193,7 +193,7 @@ def _hold_secret(mechanism, folder, resumed:bool):
         "What it released stays released; add its ledger to whatever you do next with this pool")
     else: mechanism.load_secret(file)
 
-# %% ../nbs/08_finetune.ipynb #c035af55
+# %% ../nbs/08_finetune.ipynb #45971bc2
 @dataclass(frozen=True, kw_only=True)
 class FineTuneResult:
     "A finished run."
@@ -241,7 +241,7 @@ def peak_memory(device)->int: # bytes
     except ImportError: return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_finetune.ipynb #1819073c
+# %% ../nbs/08_finetune.ipynb #284d3b94
 def describe_model(model)->dict:
     "The model as the transcript names it: no path of this machine, but a digest of every weight."
     from paczero.models import trainable_parameters
@@ -266,7 +266,7 @@ def _describe(model, task, mechanism, config, design):
     full = dict(shared, recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions())
     return full, dict(shared, format=FORMAT, update=config.update)
 
-# %% ../nbs/08_finetune.ipynb #f958e81d
+# %% ../nbs/08_finetune.ipynb #4da1a29c
 class _Callbacks:
     "The `transformers` callback protocol around this loop."
     def __init__(self, callbacks, model, tokenizer, config, runtime, folder, device):
@@ -295,7 +295,7 @@ class _Callbacks:
         if self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], self.state.global_step
 
-# %% ../nbs/08_finetune.ipynb #b773df02
+# %% ../nbs/08_finetune.ipynb #9b1e305a
 class _Best:
     "The step with the lowest development loss, and the weights there."
     def __init__(self, theta, select): self.theta, self.select, self.step, self.loss, self.weights = theta, select, 0, math.inf, None
@@ -310,7 +310,7 @@ class _Best:
         with torch.no_grad():
             for p, w in zip(self.theta.params, self.weights or []): p.copy_(w)
 
-# %% ../nbs/08_finetune.ipynb #53cb781c
+# %% ../nbs/08_finetune.ipynb #ff984479
 class _Run:
     "One run in progress."
     def __init__(self, model, tokenizer, task, mechanism, config, runtime, folder, callbacks):
@@ -347,7 +347,7 @@ class _Run:
             if t + 1 in evals: self.best.see(t + 1, evals[t + 1])
         return len(steps)
 
-# %% ../nbs/08_finetune.ipynb #aa213858
+# %% ../nbs/08_finetune.ipynb #21a492d5
 @patch
 def evaluate_dev(self:_Run, at:int):
     "Look at the development set after `at` steps; written down, so that a resumed run need not look again."
@@ -381,7 +381,7 @@ def _logs(self:_Run)->dict:
     return dict(loss=e["diagnostics"]["loss"], learning_rate=e["diagnostics"]["lr"], mi_spent=self.mechanism.ledger.spent,
                 unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent])) if recent else math.nan)
 
-# %% ../nbs/08_finetune.ipynb #ee6e6fe1
+# %% ../nbs/08_finetune.ipynb #57ec2d72
 @patch
 def finish(self:_Run, before:dict)->FineTuneResult:
     "Choose, evaluate, write everything down."
@@ -418,7 +418,7 @@ def _metrics(self:_Run, before, after, transcript, history, evaluations, guarant
         peak_memory_bytes=peak_memory(self.device), device=self.device.type, cpus=os.cpu_count(), machine=platform.machine(),
         transcript_digest=transcript.digest, weights_digest=transcript.end["weights"], versions=versions())
 
-# %% ../nbs/08_finetune.ipynb #93452591
+# %% ../nbs/08_finetune.ipynb #79d24379
 def finetune(
     model, # from `load_model`; changed in place
     tokenizer,
@@ -463,7 +463,7 @@ def before(self:_Run)->dict:
     self.disk.ledger.append({"test_before": scores})
     return scores
 
-# %% ../nbs/08_finetune.ipynb #a1cb32d6
+# %% ../nbs/08_finetune.ipynb #80a8f20f
 def load_result(
     folder, # of a finished run
     model=None, # the base model: becomes the fine-tuned one by replay; None: the result comes without a model

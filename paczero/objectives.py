@@ -7,14 +7,14 @@ __all__ = ['encode', 'OptionTokens', 'encode_options', 'plan_batches', 'Batch', 
            'head_is_plain', 'default_max_tokens', 'OptionCrossEntropy', 'stop_token_ids', 'GenerationF1',
            'make_objective']
 
-# %% ../nbs/06_objectives.ipynb #b731d6d0
+# %% ../nbs/06_objectives.ipynb #361fdf68
 from dataclasses import dataclass
 import numpy as np
 import torch
 from fastcore.basics import patch
 from .tasks import squad_f1
 
-# %% ../nbs/06_objectives.ipynb #71f4d73f
+# %% ../nbs/06_objectives.ipynb #98db3679
 def encode(
     tokenizer,
     text:str,
@@ -27,7 +27,7 @@ def encode(
     while front < len(ids) and ids[front] in special: front += 1
     return ids[:front] + ids[len(ids) - (max_length - front):]
 
-# %% ../nbs/06_objectives.ipynb #c09d3521
+# %% ../nbs/06_objectives.ipynb #8187ec83
 @dataclass(frozen=True)
 class OptionTokens:
     "One example and one option as tokens: `ids` = prompt + option, the last `n_option` of them the option's."
@@ -48,7 +48,7 @@ def encode_options(
     kept = encode(tokenizer, prompt, max_length - max(map(len, new)))
     return [OptionTokens(tuple(kept + n), len(n)) for n in new]
 
-# %% ../nbs/06_objectives.ipynb #58992e88
+# %% ../nbs/06_objectives.ipynb #2deeb4f0
 def plan_batches(
     lengths, # (n,) tokens of each sequence
     max_tokens:int=4096, # padded tokens a batch may hold; a single sequence may exceed it
@@ -73,7 +73,7 @@ def plan_batches(
         j = i
     return plan[::-1]
 
-# %% ../nbs/06_objectives.ipynb #68d29569
+# %% ../nbs/06_objectives.ipynb #cead6f66
 @dataclass(frozen=True)
 class Batch:
     "Right-padded sequences on the device: which examples, their tokens, and where each one ends."
@@ -95,7 +95,7 @@ def place(
         out.append(Batch(*(o.to(device) for o in (torch.as_tensor(idx), ids, torch.tensor([len(r) - 1 for r in rows])))))
     return out
 
-# %% ../nbs/06_objectives.ipynb #409c4aa7
+# %% ../nbs/06_objectives.ipynb #6592a2df
 def causal_lm(model):
     "The `transformers` causal LM inside `model` (a PEFT wrapper, or the model itself)."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -122,7 +122,7 @@ def head_is_plain(
         ours, theirs = lm.get_output_embeddings()(last_hidden(lm, probe)[:, 0]).float(), lm(ids).logits[:, -1].float()
         return bool(((ours - theirs).abs().max() <= 2e-3 * theirs.abs().max().clamp(min=1)).item())
 
-# %% ../nbs/06_objectives.ipynb #64273a53
+# %% ../nbs/06_objectives.ipynb #7d5d7780
 def default_max_tokens(device)->int:
     "How many padded tokens a batch holds by default: what fills a CPU's caches, or a GPU."
     return 2048 if torch.device(device).type == "cpu" else 32768
@@ -186,7 +186,7 @@ class OptionCrossEntropy(_Objective):
                  [np.flatnonzero(np.equal(self.n_option, k)) for k in sorted(set(self.n_option))]
         self.batches = place(self.sequences, [b for g in groups for b in plan(g)], self.pad_id, self.device)
 
-# %% ../nbs/06_objectives.ipynb #daf58fe3
+# %% ../nbs/06_objectives.ipynb #f795f2eb
 @patch
 def _logits(self:OptionCrossEntropy, b, back):
     "(B, back, vocabulary) logits at the last `back` positions that predict something."
@@ -210,7 +210,7 @@ def _mean_logprob(self:OptionCrossEntropy, b, k):
     where = b.last[:, None] + torch.arange(1 - k, 1, device=self.device)
     return logp.gather(2, b.ids.gather(1, where)[..., None])[..., 0].mean(1)
 
-# %% ../nbs/06_objectives.ipynb #57eefd7b
+# %% ../nbs/06_objectives.ipynb #1f8239f7
 @patch
 def scores(self:OptionCrossEntropy)->torch.Tensor: # (n, options) float32, on the device
     "Every option's mean log-probability, up to a constant common to an example's options."
@@ -238,7 +238,7 @@ def evaluate(self:OptionCrossEntropy)->dict: # accuracy in [0, 1]; loss in nats,
         return dict(accuracy=(s.argmax(1) == self.labels).double().mean().item(),
                     loss=torch.nn.functional.cross_entropy(s, self.labels).item())
 
-# %% ../nbs/06_objectives.ipynb #05831ef3
+# %% ../nbs/06_objectives.ipynb #7a980efc
 def stop_token_ids(
     tokenizer,
     stop:str="\n", # generation ends at the first token whose text contains it
@@ -275,7 +275,7 @@ class GenerationF1(_Objective):
         plan = plan_batches(lengths + self.max_new_tokens, self.max_tokens, pad=False)
         self.batches = place(self.sequences, plan, self.tokenizer.pad_token_id, self.device)
 
-# %% ../nbs/06_objectives.ipynb #c3f5ee98
+# %% ../nbs/06_objectives.ipynb #4ada70f7
 @patch
 def _answers(self:GenerationF1, b):
     "The generated texts of one batch, cut at the stop string."
@@ -307,7 +307,7 @@ def evaluate(self:GenerationF1)->dict: # f1 and exact match in [0, 1]
     f1 = float(np.mean([squad_f1(t, a) for t, a in zip(texts, self.answers)]))
     return dict(f1=f1, exact_match=float(np.mean([exact_match(t, a) for t, a in zip(texts, self.answers)])), loss=-f1)
 
-# %% ../nbs/06_objectives.ipynb #74eb7eca
+# %% ../nbs/06_objectives.ipynb #da4645d1
 def make_objective(
     model, # a causal LM
     tokenizer,

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['clock', 'status_line', 'Heartbeat', 'NotebookBar', 'in_notebook', 'progress_callbacks']
 
-# %% ../nbs/07a_progress.ipynb #0f0288ed
+# %% ../nbs/07a_progress.ipynb #514c1aeb
 import html, sys, time
 from transformers.trainer_callback import TrainerCallback
 
-# %% ../nbs/07a_progress.ipynb #850818a2
+# %% ../nbs/07a_progress.ipynb #ad02dbbe
 def clock(
     seconds:float, # a duration
 )->str: # "0:07", "12:30", "3:05:00"
@@ -29,11 +29,11 @@ def status_line(
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
     for key, text in (("loss", "loss {:.4f}"), ("unanimous", "unanimous {:.0%}"), ("mi_spent", "spent {:.3g} nats"),
                       ("eval_accuracy", "dev accuracy {:.1%}"), ("eval_f1", "dev F1 {:.1%}"), ("eval_loss", "dev loss {:.4f}")):
-        if logs.get(key) is not None: parts.append(text.format(logs[key]))
+        if logs.get(key) is not None and not (key == "eval_loss" and len(logs.keys() & {"eval_accuracy", "eval_f1"})): parts.append(text.format(logs[key]))
     if here > 0: parts.append(f"{elapsed / here:.2f} s/step · {clock(elapsed / here * (steps - step))} left")
     return " · ".join(parts)
 
-# %% ../nbs/07a_progress.ipynb #55c3689f
+# %% ../nbs/07a_progress.ipynb #f4fe6649
 class _Watcher(TrainerCallback):
     "Keeps what there is to show."
     def on_train_begin(self, args, state, control, **kw):
@@ -84,7 +84,7 @@ class NotebookBar(_Watcher):
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
 
-# %% ../nbs/07a_progress.ipynb #b5893204
+# %% ../nbs/07a_progress.ipynb #733f86c0
 def in_notebook()->bool:
     "Whether a Jupyter kernel runs this (papermill's, too)."
     try: from IPython import get_ipython

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SubsetDesign', 'unanimity_forecast']
 
-# %% ../nbs/01_subsets.ipynb #c1368edb
+# %% ../nbs/01_subsets.ipynb #7cdbd691
 import difflib, functools, hashlib, math
 from dataclasses import dataclass
 import numpy as np
 
-# %% ../nbs/01_subsets.ipynb #303f01cb
+# %% ../nbs/01_subsets.ipynb #b0576a70
 _STREAM = 'paczero-subsets-v1'   # change the name if the recipe below ever changes
 
 def _uint64(recipe:str, # what the numbers are for: the same text, the same numbers
@@ -19,7 +19,7 @@ def _uint64(recipe:str, # what the numbers are for: the same text, the same numb
     raw = hashlib.shake_128(f'{_STREAM}|{recipe}'.encode()).digest(8 * rows * cols)
     return np.frombuffer(raw, dtype='<u8').reshape(rows, cols)
 
-# %% ../nbs/01_subsets.ipynb #9f9d1219
+# %% ../nbs/01_subsets.ipynb #53aa8b34
 def _choose(recipe:str, rows:int, cols:int, # shape of the answer
             r:int,                          # how many of `cols` each row chooses
             )->np.ndarray:                  # (rows, cols) bool with exactly r True in each row
@@ -29,7 +29,7 @@ def _choose(recipe:str, rows:int, cols:int, # shape of the answer
     np.put_along_axis(chosen, order[:, :r], True, axis=1)
     return chosen
 
-# %% ../nbs/01_subsets.ipynb #1497ed20
+# %% ../nbs/01_subsets.ipynb #223d32b2
 def _membership(n:int, m:int, seed:int, kind:str, r:int)->np.ndarray: # (n, m) bool
     "Who is in which subset."
     recipe = f'kind={kind}|n={n}|m={m}|r={r}|seed={seed}'
@@ -37,7 +37,7 @@ def _membership(n:int, m:int, seed:int, kind:str, r:int)->np.ndarray: # (n, m) b
     halves = _choose(recipe, m // 2, n, n // 2).T                    # (n, m/2)
     return np.stack([halves, ~halves], axis=2).reshape(n, m)
 
-# %% ../nbs/01_subsets.ipynb #1292b73c
+# %% ../nbs/01_subsets.ipynb #d2570f57
 KINDS = ('half', 'complementary', 'fixed')
 
 def _integer(name:str, x, lo:int)->int:
@@ -47,7 +47,7 @@ def _integer(name:str, x, lo:int)->int:
     if x < lo: raise ValueError(f"{name} = {x} is too small: it must be at least {lo}")
     return int(x)
 
-# %% ../nbs/01_subsets.ipynb #a632ec18
+# %% ../nbs/01_subsets.ipynb #b30ae146
 def _count_per_example(kind:str, m:int, r)->int: # in how many subsets each example lies
     "Check `kind`, `m` and `r` together."
     if kind not in KINDS:
@@ -66,7 +66,7 @@ def _count_per_example(kind:str, m:int, r)->int: # in how many subsets each exam
         raise ValueError(f"r = {r!r} goes with kind='fixed' only: kind={kind!r} has r = m/2 = {m // 2}")
     return m // 2
 
-# %% ../nbs/01_subsets.ipynb #573185cc
+# %% ../nbs/01_subsets.ipynb #171cde9d
 def _refuse_empty(sizes:np.ndarray, n:int, m:int, seed:int, prior:float, kind:str):
     "Refuse a design with a subset that has no example."
     empty = np.flatnonzero(sizes == 0)
@@ -76,7 +76,7 @@ def _refuse_empty(sizes:np.ndarray, n:int, m:int, seed:int, prior:float, kind:st
     raise ValueError(f"n = {n} is too small a pool for m = {m}: subset {which} got no example with seed = {seed}. "
                      f"n = {need} is large enough; or choose a smaller m")
 
-# %% ../nbs/01_subsets.ipynb #e70ca38d
+# %% ../nbs/01_subsets.ipynb #37febd77
 def _finite(ghat)->np.ndarray: # float64 array
     "`ghat` as float64, refused where it is not finite."
     g = np.asarray(ghat)
@@ -87,7 +87,7 @@ def _finite(ghat)->np.ndarray: # float64 array
                                   f"is at index {tuple(int(i) for i in bad[0])} (the last index is the example)")
     return g
 
-# %% ../nbs/01_subsets.ipynb #455b4980
+# %% ../nbs/01_subsets.ipynb #9f4ad5dc
 @dataclass(frozen=True)
 class SubsetDesign:
     "M public candidate subsets of a pool of n examples; the secret is one of them."
@@ -144,12 +144,12 @@ class SubsetDesign:
                              f"which gives {design.fingerprint!r}")
         return design
 
-# %% ../nbs/01_subsets.ipynb #5a1a56de
+# %% ../nbs/01_subsets.ipynb #0168a384
 def _read_only(a:np.ndarray)->np.ndarray:
     a.setflags(write=False)
     return a
 
-# %% ../nbs/01_subsets.ipynb #3119d336
+# %% ../nbs/01_subsets.ipynb #ae0aed01
 def unanimity_forecast(signal,             # |mean| √n / std of the per-example differences over the pool; any shape
                        m:int,              # number of candidate subsets
                        kind:str='half',    # the design

@@ -6,14 +6,14 @@
 __all__ = ['MAX_BYTES', 'MAX_LINE', 'FORMAT', 'TranscriptError', 'canonical', 'Chain', 'read_log', 'ChainedLog', 'weights_digest',
            'check_header', 'Transcript', 'coefficients', 'take_step', 'replay', 'lock_folder']
 
-# %% ../nbs/07_transcript.ipynb #3b54115f
+# %% ../nbs/07_transcript.ipynb #7abc4835
 import hashlib, json, math, os
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from .directions import SCHEDULES, Theta, learning_rate, z_fingerprint
 
-# %% ../nbs/07_transcript.ipynb #f74537ad
+# %% ../nbs/07_transcript.ipynb #9846cc90
 class TranscriptError(ValueError):
     "A transcript or ledger that cannot be trusted, with the line and the reason."
 
@@ -36,7 +36,7 @@ class Chain:
         "The hash of everything so far."
         return self.state.hex()
 
-# %% ../nbs/07_transcript.ipynb #a0a7ab80
+# %% ../nbs/07_transcript.ipynb #9f74c692
 MAX_BYTES, MAX_LINE = 1 << 28, 1 << 20
 
 def _refuse_constant(name): raise ValueError(f"{name} is not allowed")
@@ -70,7 +70,7 @@ def read_log(
             out.append(_parse(raw[:-1], chain, where)); good += len(raw)
     return out, chain, good
 
-# %% ../nbs/07_transcript.ipynb #b378309d
+# %% ../nbs/07_transcript.ipynb #0aced581
 class ChainedLog:
     "An append-only chained log: `append` returns when the line is on the disk."
     def __init__(self,
@@ -108,7 +108,7 @@ class ChainedLog:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../nbs/07_transcript.ipynb #133d353e
+# %% ../nbs/07_transcript.ipynb #e26b31f3
 def weights_digest(
     model, # a torch module
 )->str: # 64 hexadecimal digits
@@ -120,7 +120,7 @@ def weights_digest(
         h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/07_transcript.ipynb #6019913d
+# %% ../nbs/07_transcript.ipynb #4084734a
 FORMAT = "paczero-transcript/1"
 
 def _need(ok, text):
@@ -146,7 +146,7 @@ def check_header(
     _need(_number(d.get("seed"), 0, 2**63, whole=True), f"line 1: directions.seed must be a whole number >= 0, got {d.get('seed')!r}")
     for k, v in dict(z=d.get("z"), device=d.get("device"), weights=m.get("weights")).items(): _need(isinstance(v, str), f"line 1: {k} must be text, got {v!r}")
 
-# %% ../nbs/07_transcript.ipynb #b737fb7e
+# %% ../nbs/07_transcript.ipynb #88a439ac
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
     "What a run released: how it ran (`header`), K numbers a step (`releases`), and how it ended (`end`, None while unfinished)."
@@ -190,7 +190,7 @@ def _check_end(end, steps):
     ok = isinstance(end, dict) and set(end) == {"best_step", "weights"} and _number(end["best_step"], 0, steps, whole=True) and isinstance(end["weights"], str)
     _need(ok, f"last line: expected best_step from 0 to {steps} and a weights digest, got {str(end)[:80]}")
 
-# %% ../nbs/07_transcript.ipynb #34efccc5
+# %% ../nbs/07_transcript.ipynb #1c44d06c
 @patch
 def verify(self:Transcript,
     digest:str=None, # what its owner published (metrics.json, guarantee.md); None: not compared
@@ -208,7 +208,7 @@ def verify(self:Transcript,
                 if kind == self.header["directions"]["device"] else f"drawn on {self.header['directions']['device']}, not on {kind}",
             "finished": self.end is not None and len(self) <= u["steps"]}
 
-# %% ../nbs/07_transcript.ipynb #c50df583
+# %% ../nbs/07_transcript.ipynb #298fdfce
 def coefficients(
     t:int, # step
     y, # the K released numbers
@@ -251,7 +251,7 @@ def replay(
     for t, y in enumerate(transcript.releases[:n]): take_step(theta, t, y, h["update"])
     return model
 
-# %% ../nbs/07_transcript.ipynb #989acdb7
+# %% ../nbs/07_transcript.ipynb #c5541c11
 def lock_folder(
     folder, # the run's folder
 ):

