@@ -6,7 +6,7 @@
 __all__ = ['PARAMETERS', 'FILES', 'choose_recipe', 'choose_device', 'with_dtype', 'memory_needed', 'results_folder',
            'choose_folder', 'run_or_load', 'shown', 'reference_recipe', 'recipe_table', 'release_summary', 'file_table']
 
-# %% ../nbs/13_experiment.ipynb #31e82950
+# %% ../nbs/13_experiment.ipynb #ff5e5351
 import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from . import paper
 from .finetune import _check
 from .paper import Recipe
 
-# %% ../nbs/13_experiment.ipynb #5424a916
+# %% ../nbs/13_experiment.ipynb #25783234
 PARAMETERS = ("model", "task", "track", "mechanism", "budget", "mi_schedule", "signal", "k", "lora_rank", "lr", "lr_schedule", "clip", "steps", "m", "design", "r",
               "seed", "n_train", "n_dev", "n_eval", "zo_eps", "eval_every", "restore", "dtype")
 
@@ -50,7 +50,7 @@ def _consistent(base, given):
         out = (dict(lora_rank=8, lora_alpha=16) if given["track"] == "lora" else dict(lora_rank=None, lora_alpha=None)) | out
     return out
 
-# %% ../nbs/13_experiment.ipynb #8f05df5d
+# %% ../nbs/13_experiment.ipynb #0e339887
 def choose_device(
     device:str=None, # "cpu", "cuda", "cuda:1", …; None: a GPU where there is one
 )->str:
@@ -78,7 +78,7 @@ def memory_needed(
     return estimate_memory(recipe.model, track=recipe.track, dtype=recipe.dtype, restore=recipe.restore, best_copy=recipe.select == "best" and device == "cpu",
                            tokens=default_max_tokens(device), generation=recipe.task in ("squad", "facts"), **lora)
 
-# %% ../nbs/13_experiment.ipynb #fe7b31ef
+# %% ../nbs/13_experiment.ipynb #50331f33
 def results_folder(
     results_dir=None, # None: results/ of the project this runs in, else of the current folder
 )->Path:
@@ -125,7 +125,7 @@ def shown(
         if path.is_relative_to(base.resolve()): return str(path.relative_to(base.resolve()))
     return path.name
 
-# %% ../nbs/13_experiment.ipynb #dadcd84a
+# %% ../nbs/13_experiment.ipynb #c083e52d
 def reference_recipe(
     recipe:Recipe,
     wanted=None, # True, False; None: only for the embedded model, where it costs a minute
@@ -136,7 +136,7 @@ def reference_recipe(
     own = paper.recipe_for(recipe.model, recipe.task, recipe.track, "nonprivate")
     return replace(recipe, mechanism="nonprivate", signal="raw_full", budget=None, mi_schedule=None, lr=own.lr, clip=own.clip, source=own.source)
 
-# %% ../nbs/13_experiment.ipynb #80fa38b7
+# %% ../nbs/13_experiment.ipynb #7b15acca
 def recipe_table(
     recipe:Recipe,
     changed:dict, # from `choose_recipe`

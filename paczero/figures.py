@@ -6,10 +6,10 @@
 __all__ = ['COLOURS', 'LABELS', 'method_label', 'style', 'save_figure', 'plot_run', 'score_table', 'plot_scores',
            'readable_scores', 'collect', 'summarise', 'markdown_table']
 
-# %% ../nbs/12_figures.ipynb #fbaffd56
+# %% ../nbs/12_figures.ipynb #401c8d85
 from pathlib import Path
 
-# %% ../nbs/12_figures.ipynb #c784cfd5
+# %% ../nbs/12_figures.ipynb #88726644
 COLOURS = {"zpl": "#0072B2", "mi": "#009E73", "nonprivate": "#D55E00", "before": "#8C8C8C"}
 LABELS = {"zpl": "PACZero-ZPL (I = 0)", "mi": "PACZero-MI", "raw_full": "MeZO (non-private)", "quant_full": "sign of the pool mean (non-private)",
           "raw_half": "secret subset's mean (non-private)", "quant_half": "its sign (non-private)", "random_sign": "random signs (control)"}
@@ -24,7 +24,7 @@ def method_label(
 def style():
     "The look of every figure."
     import seaborn as sns
-    sns.set_theme(style="whitegrid", context="notebook", rc={"figure.dpi": 100, "savefig.bbox": "tight", "axes.titlesize": "medium", "axes.titlelocation": "left"})
+    sns.set_theme(style="whitegrid", context="notebook", rc={"figure.dpi": 100, "savefig.bbox": "tight", "svg.hashsalt": "paczero", "axes.titlesize": "medium", "axes.titlelocation": "left"})
 
 def save_figure(
     fig, # a matplotlib figure
@@ -37,7 +37,11 @@ def save_figure(
     for p in paths: fig.savefig(p, dpi=150, metadata={"Date": None} if p.suffix == ".svg" else None)
     return paths
 
-# %% ../nbs/12_figures.ipynb #0bfa7aeb
+def _stamp(fig, result):
+    "An audit's figure says so."
+    if result.metrics["stamp"]: fig.text(.99, .01, result.metrics["stamp"], ha="right", va="bottom", color="#B00020", fontsize=8)
+
+# %% ../nbs/12_figures.ipynb #7b447c6b
 def plot_run(
     result, # FineTuneResult: `history` and `evaluations`
     reference=None, # another result, drawn thinly beside it
@@ -58,12 +62,13 @@ def plot_run(
             share = h.unanimous.rolling(window, min_periods=min(window, 5)).mean() * 100
             b.plot(h.step, share, color=colour); b.fill_between(h.step, share, color=colour, alpha=.12)
             b.set(title=f"All M subsets agreed on the sign at {100 * h.unanimous.mean():.0f} % of the steps", ylim=(0, 103), xlabel="step", ylabel=f"unanimous, last {window} steps (%)")
+    _stamp(fig, result)
     unit = "nats" if result.metrics["metric"] == "accuracy" else "minus F1"
     a.set(title="Loss: pool (thin), development set (marked)", xlabel="step", ylabel=f"mean loss ({unit})"); a.legend(frameon=True)
     fig.tight_layout()
     return fig
 
-# %% ../nbs/12_figures.ipynb #b92eec61
+# %% ../nbs/12_figures.ipynb #a919257c
 def score_table(
     results, # FineTuneResults, the private run first
 ):
@@ -89,12 +94,13 @@ def plot_scores(
     fig, ax = plt.subplots(figsize=(7.6, .62 * len(t) + 1.3))
     ax.barh(t.what, t.score * 100, xerr=t.standard_error * 100, color=[COLOURS[k] for k in t.key], height=.62, error_kw=dict(lw=1, capsize=3, ecolor="#333333"))
     for i, row in t.iterrows(): ax.text(row.score * 100 + row.standard_error * 100 + 1, i, f"{100 * row.score:.1f} %", va="center")
+    _stamp(fig, results[0])
     what = {"accuracy": "accuracy", "f1": "F1"}[m["metric"]]
     ax.set(xlim=(0, 112), xticks=range(0, 101, 20), xlabel=f"test {what} (%), n = {m['n_test']} (whisker: one standard error)", title=f"{m['model']} on {m['task']}")
     ax.invert_yaxis(); ax.grid(axis="y", visible=False); fig.tight_layout()
     return fig
 
-# %% ../nbs/12_figures.ipynb #44b6e34c
+# %% ../nbs/12_figures.ipynb #822e5730
 def readable_scores(
     results, # FineTuneResults, the private run first
 ):
@@ -106,7 +112,7 @@ def readable_scores(
                          "spent (nats)": ["–" if r.key == "before" or pd.isna(r.spent) else f"{r.spent:g}" for r in t.itertuples()],
                          "a membership attack is right, at most": [bound(r) for r in t.itertuples()]}).set_index("")
 
-# %% ../nbs/12_figures.ipynb #53229b5d
+# %% ../nbs/12_figures.ipynb #6645b065
 def collect(
     folder, # searched with everything below it
 ):

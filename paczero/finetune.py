@@ -7,7 +7,7 @@ __all__ = ['FineTuneConfig', 'Runtime', 'differences', 'config_differences', 'Ru
            'FineTuneResult', 'evaluations_frame', 'history_frame', 'versions', 'peak_memory', 'describe_model',
            'finetune', 'load_result']
 
-# %% ../nbs/08_finetune.ipynb #ebdd0211
+# %% ../nbs/08_finetune.ipynb #03de7766
 import json, math, os, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,14 +19,14 @@ from .subsets import KINDS, SubsetDesign
 from .transcript import (FORMAT, ChainedLog, Transcript, TranscriptError, canonical, coefficients, lock_folder,
                                 take_step, weights_digest)
 
-# %% ../nbs/08_finetune.ipynb #8f7a0e03
+# %% ../nbs/08_finetune.ipynb #ecb42030
 def _check(ok, name, value, need):
     if not ok: raise ValueError(f"{name} must be {need}, got {value!r}")
 
 def _is_number(v, whole=False):
-    return not isinstance(v, bool) and isinstance(v, (int, np.integer) if whole else (int, float, np.number)) and math.isfinite(v)
+    return not isinstance(v, bool) and isinstance(v, (int, np.integer) if whole else (int, float, np.number)) and abs(v) <= 1.7e308
 
-# %% ../nbs/08_finetune.ipynb #ca1f70e3
+# %% ../nbs/08_finetune.ipynb #8a9bf28b
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
     "What is run: all that decides, with the secret and the data, which bits come out."
@@ -71,7 +71,7 @@ class Runtime:
     test:bool = True # evaluate the test set before and after
     save_weights:bool = False # leave the fine-tuned weights (or adapter) in the run's folder
 
-# %% ../nbs/08_finetune.ipynb #4ee312f8
+# %% ../nbs/08_finetune.ipynb #9b251712
 def differences(
     theta:Theta, # the trainable parameters, at θ; afterwards at θ − εz of the last direction (`update` or `restore` take it from there)
     losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand
@@ -91,7 +91,7 @@ def differences(
         f"The weights have probably run away: try a smaller lr, or float32 in place of {theta.params[0].dtype}")
     return ghat, float(total)
 
-# %% ../nbs/08_finetune.ipynb #b5fb32bf
+# %% ../nbs/08_finetune.ipynb #bd0f4b0e
 def _write_atomically(path, text:str):
     "Write a whole file or none of it: beside it first, synced, then renamed."
     path = Path(path); part = path.with_name(path.name + ".part")
@@ -111,7 +111,21 @@ def config_differences(
         elif a != b: out.append(f"{prefix}{k}: {a!r} -> {b!r}")
     return out
 
-# %% ../nbs/08_finetune.ipynb #7d826db6
+# %% ../nbs/08_finetune.ipynb #6e1e1b50
+def _check_ledger(entries, path):
+    "Refuse a ledger with a line that `finetune` does not write."
+    t = 0
+    for i, e in enumerate(entries, 1):
+        try:
+            if "releases" in e:
+                if e["t"] != t or not e["releases"] or not isinstance(e["diagnostics"], dict): raise ValueError(f"expected step {t}")
+                for r in e["releases"]: Release.from_record(r)
+                t += 1
+            elif "dev" in e:
+                if not (_is_number(e["at"], whole=True) and _is_number(e["dev"]["loss"])): raise ValueError("a development score without step or loss")
+            elif not isinstance(e.get("test_before"), dict): raise ValueError("neither a step nor an evaluation")
+        except (ValueError, KeyError, TypeError) as x: raise TranscriptError(f"{path}, line {i}: not a line of a ledger ({str(x)[:200]})") from None
+
 class RunFolder:
     "A run on disk: opened fresh or to go on, held by this process alone."
     def __init__(self,
@@ -131,7 +145,8 @@ class RunFolder:
         file = self.path/"config.json"
         if file.exists():
             try: old = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as e: raise TranscriptError(f"{file}: not readable as JSON ({e}); the run cannot go on safely") from None
+            except (ValueError, RecursionError) as e: raise TranscriptError(f"{file}: not readable as JSON ({e}); the run cannot go on safely") from None
+            if not isinstance(old, dict): raise TranscriptError(f"{file}: holds no object but a {type(old).__name__}; the run cannot go on safely")
             if diff := config_differences(old, config): raise ValueError(
                 f"{self.path} holds an unfinished run of another kind; it cannot go on as this one. Different: " + "; ".join(diff))
         else:
@@ -143,6 +158,7 @@ class RunFolder:
 
     def _reconcile(self, header):
         "Bring the transcript level with the ledger: at most the last release is missing from it."
+        _check_ledger(self.ledger.entries, self.path/"ledger.jsonl")
         if not self.transcript.entries: self.transcript.append(header)
         if self.transcript.entries[0] != header: raise ValueError(
             "the transcript's first line differs from this run: " + "; ".join(config_differences(self.transcript.entries[0], header)))
@@ -171,7 +187,7 @@ def released(
     "What the world sees of a step."
     return [int(r["scalar"]) if r["scalar"] in (1, -1) else r["scalar"] for r in records]
 
-# %% ../nbs/08_finetune.ipynb #fcf50be5
+# %% ../nbs/08_finetune.ipynb #f406eaa0
 def secret_file(
     folder, # the run's folder
 ):
@@ -193,7 +209,7 @@ def _hold_secret(mechanism, folder, resumed:bool):
         "What it released stays released; add its ledger to whatever you do next with this pool")
     else: mechanism.load_secret(file)
 
-# %% ../nbs/08_finetune.ipynb #45971bc2
+# %% ../nbs/08_finetune.ipynb #bb92f48e
 @dataclass(frozen=True, kw_only=True)
 class FineTuneResult:
     "A finished run."
@@ -241,7 +257,7 @@ def peak_memory(device)->int: # bytes
     except ImportError: return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_finetune.ipynb #284d3b94
+# %% ../nbs/08_finetune.ipynb #062f82d0
 def describe_model(model)->dict:
     "The model as the transcript names it: no path of this machine, but a digest of every weight."
     from paczero.models import trainable_parameters
@@ -253,7 +269,7 @@ def describe_model(model)->dict:
                trainable=sum(p.numel() for _, p in params), trainable_dtype=str(params[0][1].dtype).split(".")[-1], weights=weights_digest(model))
     if lm is not model:
         c = model.peft_config[model.active_adapter]
-        out |= dict(lora_rank=c.r, lora_alpha=c.lora_alpha, lora_targets=sorted(c.target_modules))
+        out |= dict(lora_rank=c.r, lora_alpha=c.lora_alpha, lora_targets=sorted(c.target_modules), **{k: v for k, v in getattr(model, "paczero", {}).items() if k == "lora_seed"})
     return out
 
 def _describe(model, task, mechanism, config, design):
@@ -266,7 +282,7 @@ def _describe(model, task, mechanism, config, design):
     full = dict(shared, recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions())
     return full, dict(shared, format=FORMAT, update=config.update)
 
-# %% ../nbs/08_finetune.ipynb #4da1a29c
+# %% ../nbs/08_finetune.ipynb #c8b62129
 class _Callbacks:
     "The `transformers` callback protocol around this loop."
     def __init__(self, callbacks, model, tokenizer, config, runtime, folder, device):
@@ -295,7 +311,7 @@ class _Callbacks:
         if self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], self.state.global_step
 
-# %% ../nbs/08_finetune.ipynb #9b1e305a
+# %% ../nbs/08_finetune.ipynb #bd7c6c80
 class _Best:
     "The step with the lowest development loss, and the weights there."
     def __init__(self, theta, select): self.theta, self.select, self.step, self.loss, self.weights = theta, select, 0, math.inf, None
@@ -310,7 +326,7 @@ class _Best:
         with torch.no_grad():
             for p, w in zip(self.theta.params, self.weights or []): p.copy_(w)
 
-# %% ../nbs/08_finetune.ipynb #ff984479
+# %% ../nbs/08_finetune.ipynb #4606dcb8
 class _Run:
     "One run in progress."
     def __init__(self, model, tokenizer, task, mechanism, config, runtime, folder, callbacks):
@@ -327,6 +343,9 @@ class _Run:
         self.best = _Best(self.theta, config.select)
         self.cb = _Callbacks(callbacks, model, tokenizer, config, runtime, folder, self.device)
 
+    @property
+    def over(self)->bool: return "end" in self.disk.transcript.entries[-1]   # all releases are made: only the finishing was cut off
+
     def _step(self, t:int):
         "Perturb, look, release, write down, update."
         start = time.perf_counter()
@@ -340,14 +359,14 @@ class _Run:
     def resume(self)->int: # steps that were already done
         "Bring model, ledger, posterior and best weights to where the log ends."
         steps, evals = self.disk.steps, {e["at"]: e["dev"]["loss"] for e in self.disk.evaluations}
-        _hold_secret(self.mechanism, self.disk.path, resumed=bool(steps))
+        if not self.over: _hold_secret(self.mechanism, self.disk.path, resumed=bool(steps))
         if steps: self.mechanism.restore([r for e in steps for r in e["releases"]])
         for t, e in enumerate(steps):
             take_step(self.theta, t, [r["scalar"] for r in e["releases"]], self.config.update)
             if t + 1 in evals: self.best.see(t + 1, evals[t + 1])
         return len(steps)
 
-# %% ../nbs/08_finetune.ipynb #21a492d5
+# %% ../nbs/08_finetune.ipynb #1bdca571
 @patch
 def evaluate_dev(self:_Run, at:int):
     "Look at the development set after `at` steps; written down, so that a resumed run need not look again."
@@ -359,6 +378,7 @@ def evaluate_dev(self:_Run, at:int):
 @patch
 def train(self:_Run, done:int):
     "From step `done` to the end, or until a callback stops it."
+    if self.over: return
     cb, looked = self.cb, {e["at"] for e in self.disk.evaluations}
     cb.state.global_step, cb.state.epoch = done, float(done)
     cb.call("on_train_begin")
@@ -381,20 +401,21 @@ def _logs(self:_Run)->dict:
     return dict(loss=e["diagnostics"]["loss"], learning_rate=e["diagnostics"]["lr"], mi_spent=self.mechanism.ledger.spent,
                 unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent])) if recent else math.nan)
 
-# %% ../nbs/08_finetune.ipynb #57ec2d72
+# %% ../nbs/08_finetune.ipynb #b8faf1e8
 @patch
 def finish(self:_Run, before:dict)->FineTuneResult:
     "Choose, evaluate, write everything down."
     disk, folder = self.disk, self.disk.path
     self.best.load()
     after = self.test.evaluate() if self.test else {}
-    if "end" not in disk.transcript.entries[-1]: disk.transcript.append({"end": dict(best_step=self.best.step, weights=weights_digest(self.model))})
+    if not self.over: disk.transcript.append({"end": dict(best_step=self.best.step, weights=weights_digest(self.model))})
     transcript = Transcript.from_entries(disk.transcript.entries, disk.transcript.chain.digest)
     history, guarantee = history_frame(disk.ledger.entries), self.mechanism.guarantee()
     evaluations = evaluations_frame(disk.ledger.entries)
     metrics = self._metrics(before, after, transcript, history, evaluations, guarantee)
+    history.attrs["stamp"] = guarantee.stamp      # travels in the parquet file's metadata
     history.to_parquet(folder/"diagnostics.parquet")
-    evaluations.to_csv(folder/"evaluations.csv", index=False)
+    evaluations.assign(**({"stamp": guarantee.stamp} if guarantee.stamp else {})).to_csv(folder/"evaluations.csv", index=False)
     _write_atomically(folder/"guarantee.md", guarantee.markdown() + f"\nTranscript digest: `{transcript.digest}`\n")
     if self.runtime.save_weights: self.model.save_pretrained(folder/"weights", safe_serialization=True)
     if self.mechanism.needs_secret and (file := secret_file(folder)) is not None: file.unlink(missing_ok=True)
@@ -418,7 +439,7 @@ def _metrics(self:_Run, before, after, transcript, history, evaluations, guarant
         peak_memory_bytes=peak_memory(self.device), device=self.device.type, cpus=os.cpu_count(), machine=platform.machine(),
         transcript_digest=transcript.digest, weights_digest=transcript.end["weights"], versions=versions())
 
-# %% ../nbs/08_finetune.ipynb #79d24379
+# %% ../nbs/08_finetune.ipynb #781a044d
 def finetune(
     model, # from `load_model`; changed in place
     tokenizer,
@@ -460,10 +481,10 @@ def before(self:_Run)->dict:
     for e in self.disk.ledger.entries:
         if "test_before" in e: return e["test_before"]
     scores = self.test.evaluate() if self.test else {}
-    self.disk.ledger.append({"test_before": scores})
+    self.disk.ledger.append({"test_before": scores, **({"stamp": self.mechanism.guarantee().stamp} if self.mechanism.audited else {})})
     return scores
 
-# %% ../nbs/08_finetune.ipynb #80a8f20f
+# %% ../nbs/08_finetune.ipynb #29021d1b
 def load_result(
     folder, # of a finished run
     model=None, # the base model: becomes the fine-tuned one by replay; None: the result comes without a model
@@ -473,8 +494,11 @@ def load_result(
     from paczero.transcript import read_log, replay
     folder = Path(folder)
     if not (folder/"metrics.json").exists(): raise FileNotFoundError(f"{folder}: no finished run here (no metrics.json)")
-    metrics = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+    try: metrics = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e: raise TranscriptError(f"{folder/'metrics.json'}: not readable as JSON ({e})") from None
+    if not isinstance(metrics, dict) or "transcript_digest" not in metrics: raise TranscriptError(f"{folder/'metrics.json'}: not the metrics of a run")
     transcript, (entries, _, _) = Transcript.load(folder/"transcript.jsonl"), read_log(folder/"ledger.jsonl")
+    _check_ledger(entries, folder/"ledger.jsonl")
     if transcript.digest != metrics["transcript_digest"]: raise TranscriptError(f"{folder}: the transcript is not the one that metrics.json speaks of")
     mechanism = make_mechanism(transcript.header["mechanism"]).bind(SubsetDesign.from_dict(transcript.header["design"]))
     mechanism.restore([r for e in entries for r in e.get("releases", [])])

@@ -6,7 +6,7 @@
 __all__ = ['SIGNALS', 'MECHANISMS', 'pack_signs', 'unpack_signs', 'Release', 'Ledger', 'Guarantee', 'Mechanism', 'ZPL',
            'MIBudget', 'NonPrivate', 'make_mechanism']
 
-# %% ../nbs/02_mechanisms.ipynb #58f06fb7
+# %% ../nbs/02_mechanisms.ipynb #465f3f40
 import difflib, hashlib, json, math, os, secrets, stat
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -15,7 +15,7 @@ import numpy as np
 from .information import binary_channel_mi, binary_entropy, epsilon_for_mi, posterior_bound, sigma_for_mi
 from .subsets import SubsetDesign, _finite, _integer
 
-# %% ../nbs/02_mechanisms.ipynb #d3378143
+# %% ../nbs/02_mechanisms.ipynb #c1e7c500
 class _OSEntropy:
     "Secret randomness from the operating system."
     audited = False
@@ -26,7 +26,7 @@ class _OSEntropy:
         b = self.bits(130, where)
         return (1 - 2 * (b & 1)) * NormalDist().inv_cdf((2 * (b >> 1) + 1) / 2**131)
 
-# %% ../nbs/02_mechanisms.ipynb #d3c1b399
+# %% ../nbs/02_mechanisms.ipynb #0836d6ff
 STAMP = 'secret fixed for audit: no guarantee'
 
 class _AuditEntropy(_OSEntropy):
@@ -37,7 +37,7 @@ class _AuditEntropy(_OSEntropy):
         raw = hashlib.shake_256(f'paczero-audit-v1|{self.seed}|{where}'.encode()).digest((k + 7) // 8)
         return int.from_bytes(raw, 'little') >> (-k % 8)
 
-# %% ../nbs/02_mechanisms.ipynb #d4e6ab85
+# %% ../nbs/02_mechanisms.ipynb #82f58712
 class Secret:
     "The index of the secret subset: usable, not showable."
     __slots__ = ('__index',)
@@ -49,7 +49,7 @@ class Secret:
     def _refuse(self, *args, **kwargs): raise TypeError("the secret refuses to be copied, pickled or serialised")
     __reduce__ = __reduce_ex__ = __copy__ = __deepcopy__ = __getstate__ = __int__ = __index__ = __iter__ = _refuse
 
-# %% ../nbs/02_mechanisms.ipynb #4af28243
+# %% ../nbs/02_mechanisms.ipynb #10e8b06f
 def _write_secret(path, secret:Secret, m:int, **head)->None:
     "Create `path` with mode 600 and write the secret of 0..m-1 with the facts in `head`."
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0), 0o600)
@@ -63,7 +63,7 @@ def _write_secret(path, secret:Secret, m:int, **head)->None:
         os.unlink(path)
         raise
 
-# %% ../nbs/02_mechanisms.ipynb #36a791ae
+# %% ../nbs/02_mechanisms.ipynb #e7107c87
 def _read_secret(path, m:int, **head)->Secret:
     "The secret of 0..m-1 from a file of `_write_secret` that agrees with `head`."
     fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0))
@@ -87,7 +87,7 @@ def _parse_secret(f)->tuple: # what the file says but for the secret, and the se
     if not isinstance(d, dict) or type(d.get('index')) is not int or d['index'] < 0: return {}, None
     return {k: v for k, v in d.items() if k != 'index'}, Secret(d['index'])
 
-# %% ../nbs/02_mechanisms.ipynb #5039ef23
+# %% ../nbs/02_mechanisms.ipynb #2c0d597e
 def _quantise(subset_means, m:int)->tuple: # (M,) float64 means, (M,) int8 signs
     "Checked subset means and their signs."
     g = np.asarray(subset_means)
@@ -100,7 +100,7 @@ def _quantise(subset_means, m:int)->tuple: # (M,) float64 means, (M,) int8 signs
     g = g.astype(np.float64)
     return g, np.where(g >= 0, 1, -1).astype(np.int8)
 
-# %% ../nbs/02_mechanisms.ipynb #8c1c8070
+# %% ../nbs/02_mechanisms.ipynb #5e54edf0
 def pack_signs(signs)->str: # "M:+" or "M:-" if all agree, else "M:" and hexadecimal bits (1 for +1)
     "M signs ±1 as a short text."
     s = np.asarray(signs)
@@ -115,12 +115,12 @@ def unpack_signs(text:str)->np.ndarray: # (M,) int8 of ±1
         if not (head.isascii() and head.isdigit() and 0 < m <= 1_000_000): raise ValueError
         if body in ('+', '-'): return np.full(m, 1 if body == '+' else -1, np.int8)
         s = np.unpackbits(np.frombuffer(bytes.fromhex(body), np.uint8), count=m).astype(np.int8) * 2 - 1
-    except (ValueError, AttributeError): s = None
+    except (ValueError, AttributeError, TypeError): s = None
     if s is None or pack_signs(s) != text:
         raise ValueError(f"signs = {str(text)[:60]!r} is not a text made by pack_signs")
     return s
 
-# %% ../nbs/02_mechanisms.ipynb #952df5af
+# %% ../nbs/02_mechanisms.ipynb #72fedafa
 _RELEASE_KINDS = ('unanimous', 'coin', 'noisy', 'nonprivate')
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ class Release:
             raise ValueError(f"release record with unknown fields {extra[:5]} and missing fields {missing}")
         return cls(**record)
 
-# %% ../nbs/02_mechanisms.ipynb #5530ec30
+# %% ../nbs/02_mechanisms.ipynb #1dc73ec7
 def _float(x:Fraction, up:bool)->float:
     "`x` as a float, rounded up or down."
     f = float(x)
@@ -182,19 +182,19 @@ def _float(x:Fraction, up:bool)->float:
     if not up and Fraction(f) > x: return math.nextafter(f, -math.inf)
     return f
 
-# %% ../nbs/02_mechanisms.ipynb #d8078a9c
+# %% ../nbs/02_mechanisms.ipynb #5e7fc2e9
 class Ledger:
     "Nats booked, release by release; refuses to exceed its budget."
     def __init__(self, budget:float=None): # nats; None: no limit
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float))
-                                   or not 0 <= budget < math.inf):
+                                   or not 0 <= budget <= 1.7e308):
             raise ValueError(f"budget = {budget!r} must be a finite number of nats, at least 0, or None for no limit")
         self.budget = None if budget is None else float(budget)
         self._total, self._entries = Fraction(0), []
 
     def book(self, mi:float)->None:
         "Book `mi` nats, or refuse and change nothing."
-        if isinstance(mi, bool) or not isinstance(mi, (int, float)) or not 0 <= mi < math.inf:
+        if isinstance(mi, bool) or not isinstance(mi, (int, float)) or not 0 <= mi <= 1.7e308:
             raise ValueError(f"mi = {mi!r} cannot be booked: it must be a finite number of nats, at least 0")
         total = self._total + Fraction(float(mi))
         if self.budget is not None and total > Fraction(self.budget):
@@ -228,10 +228,13 @@ class Ledger:
         except (KeyError, TypeError) as e: raise ValueError(f"not a ledger record: {e!r}") from None
         if len(paid) != len(d['entries']) or count > 10**7 or any(i >= count for i in paid):
             raise ValueError(f"not a ledger record: {len(d['entries'])} entries do not fit a count of {count}")
-        for i in range(count): led.book(paid.get(i, 0.0))
+        for i in sorted(paid):
+            led._entries += [0.0] * (i - led.count)                    # those before it cost nothing
+            led.book(paid[i])
+        led._entries += [0.0] * (count - led.count)
         return led
 
-# %% ../nbs/02_mechanisms.ipynb #50be9ba3
+# %% ../nbs/02_mechanisms.ipynb #76bcf406
 _ASSUMPTIONS = (
     'The attacker may know everything else: the pool, the design, the algorithm, every public seed, all M signs of '
     'every step.',
@@ -250,13 +253,14 @@ _NOT_COVERED = (
 _NOT_COVERED_BUDGET = (
     'Single runs with bad luck: for a budget above 0 the bound on the success holds on average over runs, not for'
     ' every transcript.',
-    'Repeated runs on the same pool with the same secret: their nats add up, hyper-parameter search included.',
+    'This run chosen among several on the same pool, as in a hyper-parameter search: all their nats add up '
+    '(paczero.accounts counts them).',
     'The last bits of floating-point Gaussian noise: noise is rounded to a coarse grid to hide them, which is a '
     'safeguard and not a proof.')
 
 def _up(p:float)->str: return f'{math.ceil(p * 1e4 - 1e-9) / 1e4:.4f}'   # a probability, rounded up for the reader
 
-# %% ../nbs/02_mechanisms.ipynb #af673ec2
+# %% ../nbs/02_mechanisms.ipynb #3f88cda6
 @dataclass(frozen=True, kw_only=True)
 class Guarantee:
     "What may be said of the privacy of one run."
@@ -297,7 +301,7 @@ class Guarantee:
             return (f"**No guarantee.** The run's secret was fixed for an audit ({self.stamp}); "
                     "it is as public as the seed that fixed it.")
         if not self.private:
-            return "**No guarantee.** This is a non-private run ({self.mechanism}), made for comparison only."
+            return f"**No guarantee.** This is a non-private run ({self.mechanism}), made for comparison only."
         best = max(self.prior, 1 - self.prior)
         if self.mi == 0:
             return (f"The released transcript, and the weights computed from it, tell **nothing** (0 nats, exactly) "
@@ -331,7 +335,7 @@ class Guarantee:
 
     def _repr_markdown_(self): return self.markdown()
 
-# %% ../nbs/02_mechanisms.ipynb #3bdde013
+# %% ../nbs/02_mechanisms.ipynb #409dbb4d
 class Mechanism:
     "Base: bind a design, release, account, restore."
     name, private, needs_secret = 'mechanism', True, False
@@ -469,13 +473,13 @@ class Mechanism:
         args = ', '.join(f'{k}={v!r}' for k, v in self._arguments().items())
         return f"{type(self).__name__}({args})" + (f" [{STAMP}]" if self.audited else '')
 
-# %% ../nbs/02_mechanisms.ipynb #09102d17
+# %% ../nbs/02_mechanisms.ipynb #03849efe
 _ORIGINS = dict(none='none is drawn, for none is needed',
                 drawn="drawn uniformly from the operating system's entropy, kept in memory only",
                 loaded="drawn uniformly from the operating system's entropy, kept in a file that nobody else has read",
                 lost="drawn uniformly from the operating system's entropy, and gone with the process that held it")
 
-# %% ../nbs/02_mechanisms.ipynb #c72b9860
+# %% ../nbs/02_mechanisms.ipynb #907648fc
 class ZPL(Mechanism):
     "Release the sign if all candidate subsets agree, else a fair coin: I(S*; Y) = 0 exactly."
     name = 'zpl'
@@ -498,18 +502,18 @@ class ZPL(Mechanism):
             if (rel.kind == 'unanimous') != bool((s == s[0]).all()) or (rel.kind == 'unanimous' and s[0] != rel.sign):
                 raise ValueError(f"kind {rel.kind!r} and sign {rel.sign} contradict the recorded signs")
 
-# %% ../nbs/02_mechanisms.ipynb #def884fc
+# %% ../nbs/02_mechanisms.ipynb #80283590
 def _booked(q:float, sigma:float)->float: # nats
     "Upper bound of the channel's information: its numerical error is far below the 2e-11 added."
     return binary_channel_mi(q, sigma) * (1 + 2e-11)
 
-# %% ../nbs/02_mechanisms.ipynb #849d7ceb
+# %% ../nbs/02_mechanisms.ipynb #841d7c92
 def _noisy(secret:Secret, signs:np.ndarray, sigma:float, entropy, where:str)->float:
     "s + N(0, sigma²) for the secret subset's sign s, rounded to a power of two near sigma / 2^20."
     grid = math.ldexp(1.0, math.frexp(sigma)[1] - 21)
     return round((float(secret.pick(signs)) + sigma * entropy.gauss(where)) / grid) * grid
 
-# %% ../nbs/02_mechanisms.ipynb #80ca8946
+# %% ../nbs/02_mechanisms.ipynb #e74cc122
 class MIBudget(Mechanism):
     "Release the secret subset's sign under Gaussian noise, for at most `budget` nats over the whole run."
     name, needs_secret = 'mi', True
@@ -519,7 +523,7 @@ class MIBudget(Mechanism):
                  schedule:str='adaptive',    # "adaptive": (B - spent)/(T - t) a step; "uniform": B/T
                  directions:int=1,           # K: releases per step, each with 1/K of the step's budget
                  audit_seed:int=None):       # fixes the secret and the noise, and voids the guarantee
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 1e-12 <= budget < math.inf:
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 1e-12 <= budget <= 1.7e308:
             raise ValueError(f"budget = {budget!r} must be a finite number of nats, at least 1e-12; for no leakage "
                              f"at all use ZPL()")
         if schedule not in ('adaptive', 'uniform'):
@@ -619,7 +623,7 @@ class MIBudget(Mechanism):
         if rel.mi > allowance * (1 + 1e-9):
             raise ValueError(f"mi = {rel.mi} exceeds the schedule's {allowance} nats for this release")
 
-# %% ../nbs/02_mechanisms.ipynb #2a698c20
+# %% ../nbs/02_mechanisms.ipynb #9df9a287
 SIGNALS = ('raw_full', 'quant_full', 'raw_half', 'quant_half', 'random_sign')
 
 class NonPrivate(Mechanism):
@@ -679,15 +683,16 @@ class NonPrivate(Mechanism):
         if not self.signal.startswith('raw') and rel.scalar != rel.sign:
             raise ValueError(f"scalar = {rel.scalar} is not the sign {rel.sign}")
 
-# %% ../nbs/02_mechanisms.ipynb #f1a97f68
+# %% ../nbs/02_mechanisms.ipynb #9f77740c
 MECHANISMS = {'zpl': ZPL, 'mi': MIBudget, 'nonprivate': NonPrivate}
 
 def make_mechanism(spec:dict)->Mechanism: # `spec`: what `describe()` gave, e.g. dict(name="mi", budget=.33, steps=200)
     "The mechanism that a configuration describes."
+    if not isinstance(spec, dict): raise ValueError(f"a mechanism is described by a dict, not {type(spec).__name__}")
     kw = {k: v for k, v in spec.items() if k not in ('name', 'audit')}
     name = spec.get('name')
-    if name not in MECHANISMS:
-        near = difflib.get_close_matches(str(name), MECHANISMS, 1, 0)
+    if not isinstance(name, str) or name not in MECHANISMS:
+        near = difflib.get_close_matches(str(name)[:60], MECHANISMS, 1, 0)
         raise ValueError(f"mechanism name = {name!r} is unknown: choose one of {tuple(MECHANISMS)} (did you mean "
                          f"{near[0]!r}?)")
     try: return MECHANISMS[name](**kw)

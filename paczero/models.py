@@ -6,14 +6,14 @@
 __all__ = ['MODELS', 'ModelSpec', 'resolve_model', 'resolve_device', 'model_config', 'MemoryEstimate', 'estimate_memory',
            'free_memory', 'check_memory', 'load_model', 'trainable_parameters', 'convert_to_safetensors']
 
-# %% ../nbs/05_models.ipynb #9a24d8ce
+# %% ../nbs/05_models.ipynb #afdb47ed
 import hashlib, json, math, os, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from .tasks import _check_int, _nearest, hub_reachable
 
-# %% ../nbs/05_models.ipynb #c6e3e17d
+# %% ../nbs/05_models.ipynb #22ecb5b0
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     "Where a model comes from"
@@ -27,7 +27,7 @@ class ModelSpec:
     def source(self): "One line for records: hub, installed with a package, or a local folder"; return _source(self)
     def config(self): "transformers configuration from `shape`: no file, no network"; return _opt_config(self.shape)
 
-# %% ../nbs/05_models.ipynb #24a38158
+# %% ../nbs/05_models.ipynb #d1061771
 def _source(spec):
     if spec.hub: return f"hub {spec.hub}@{spec.revision or 'main'}"
     return f"{'installed' if callable(spec.folder) else 'folder'} {spec.name}"
@@ -43,7 +43,7 @@ def _tiny_opt():
     from paczero.embedded import tiny_opt_path
     return tiny_opt_path()
 
-# %% ../nbs/05_models.ipynb #8c0923ca
+# %% ../nbs/05_models.ipynb #92e64104
 _SHAPES = { # hidden, layers, heads, ffn, width of the embedding
     "125m": (768, 12, 12, 3072, 768), "350m": (1024, 24, 16, 4096, 512), "1.3b": (2048, 24, 32, 8192, 2048),
     "2.7b": (2560, 32, 32, 10240, 2560), "6.7b": (4096, 32, 32, 16384, 4096), "13b": (5120, 40, 40, 20480, 5120),
@@ -52,7 +52,7 @@ _SHAPES = { # hidden, layers, heads, ffn, width of the embedding
 MODELS = {"tiny-opt": ModelSpec(name="tiny-opt", folder=_tiny_opt)} | {
     f"opt-{size}": ModelSpec(name=f"opt-{size}", hub=f"facebook/opt-{size}", shape=s) for size, s in _SHAPES.items()}
 
-# %% ../nbs/05_models.ipynb #d726b26a
+# %% ../nbs/05_models.ipynb #ab043cf6
 def resolve_model(
     name # short name, local folder, or "org/name[@revision]" on the hub
 )->ModelSpec:
@@ -69,7 +69,7 @@ def resolve_model(
     raise ValueError(f"unknown model {str(name)!r}{_nearest(name, MODELS)} Short names: {', '.join(MODELS)}; else "
                      "give an existing folder, or org/name of the Hugging Face hub")
 
-# %% ../nbs/05_models.ipynb #f215e42f
+# %% ../nbs/05_models.ipynb #bd2e16c6
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2} # bytes
 _TRACKS = {"full": "full", "ft": "full", "lora": "lora"}
 
@@ -82,7 +82,7 @@ def _dtype_name(dtype): # "float16" or torch.float16 -> "float16"
     _choose("dtype", name, _DTYPES)
     return name
 
-# %% ../nbs/05_models.ipynb #e9a14f76
+# %% ../nbs/05_models.ipynb #c216436f
 def resolve_device(
     device # "cpu", "cuda", "cuda:1", "mps"; "auto": the first GPU if there is one, else the CPU
 ):
@@ -101,17 +101,21 @@ def resolve_device(
         raise ValueError(f"device {str(d)!r} is not available: {have}; use device='cpu' or 'auto'")
     return torch.device("cuda", d.index or 0) if d.type == "cuda" else d
 
-# %% ../nbs/05_models.ipynb #9ed4e354
+# %% ../nbs/05_models.ipynb #6bc56e15
 def _read_json(file):
     try: d = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{file} is not JSON: {e}") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{file} is not JSON: {e}") from None
     if not isinstance(d, dict): raise ValueError(f"{file} must hold an object, got {type(d).__name__}")
     return d
 
 def _weight_files(folder): # the safetensors files of a model, as names; [] if there are none
     if (folder/"model.safetensors").is_file(): return ["model.safetensors"]
     index = folder/"model.safetensors.index.json"
-    return sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else []
+    names = _read_json(index).get("weight_map") if index.is_file() else {}
+    names = list(names.values()) if isinstance(names, dict) else [names]
+    bad = [n for n in names if not isinstance(n, str) or not re.fullmatch(r"[\w.-]+\.safetensors", n)]
+    if bad: raise ValueError(f"{index} names {bad[0]!r:.80}: weights must be .safetensors files of the same folder")
+    return sorted(set(names))
 
 _CONVERT = ("Convert once, on a machine and from a source that you trust: "
             "paczero.models.convert_to_safetensors(SOURCE, "
@@ -126,7 +130,7 @@ def _refuse_weights(names, where): # no safetensors among these file names: say 
     raise FileNotFoundError(f"{where} has no weights (model.safetensors){hint}; it has "
                             f"{', '.join(sorted(names)[:12]) or 'nothing'}")
 
-# %% ../nbs/05_models.ipynb #e3a3e7ec
+# %% ../nbs/05_models.ipynb #14e93ae3
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 def _check_folder(folder, where): # config, readable weights and a tokenizer are there
@@ -151,7 +155,7 @@ def _check_safetensors(file): # its header agrees with its size
         with safe_open(file, framework="numpy") as f: f.keys()
     except (SafetensorError, OSError) as e: raise ValueError(f"{file} is damaged ({e}): fetch it again") from None
 
-# %% ../nbs/05_models.ipynb #d11c15f5
+# %% ../nbs/05_models.ipynb #b28455c4
 def model_config(
     name # as for `resolve_model`
 ):
@@ -171,7 +175,7 @@ def model_config(
         raise ValueError(f"model {spec.name!r} of type {config.model_type!r} is not a causal language model")
     return config
 
-# %% ../nbs/05_models.ipynb #db9a499f
+# %% ../nbs/05_models.ipynb #43d79407
 def _config_folder(spec): # folder that holds config.json; of a hub model, only that file is fetched
     if not spec.hub:
         folder = Path(spec.folder() if callable(spec.folder) else spec.folder)
@@ -196,7 +200,7 @@ def _from_hub(spec, get): # cache first, then ask once whether the hub answers, 
         raise ConnectionError(f"model {spec.name!r}: could not fetch {spec.hub} ({type(e).__name__}: "
                               f"{str(e).strip()[:300]}). Does it exist, and may you read it? {how}") from e
 
-# %% ../nbs/05_models.ipynb #82dcf689
+# %% ../nbs/05_models.ipynb #bac2aa8b
 def _meta_model(config, dtype="float32"): # shapes only; no storage, no random numbers
     import torch
     from transformers import AutoModelForCausalLM
@@ -209,7 +213,7 @@ def _linears(model): # name -> module, of what LoRA can be put on; without the o
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
 
-# %% ../nbs/05_models.ipynb #b71ed0b2
+# %% ../nbs/05_models.ipynb #4c9cccd5
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     "Bytes that a run needs on its device, by use"
@@ -229,7 +233,7 @@ class MemoryEstimate:
     def total(self): "Bytes in all"; return sum(getattr(self, f.name) for f in fields(self)[5:])
     def table(self): "Parts and total as text, in MB"; return _memory_table(self)
 
-# %% ../nbs/05_models.ipynb #95ae62cd
+# %% ../nbs/05_models.ipynb #4ceee7d4
 def _memory_table(m):
     rows = [(f.name, getattr(m, f.name)) for f in fields(m)[5:]] + [("total", m.total)]
     return "\n".join([f"{m.name}, {m.track}, {m.dtype}: {m.n_parameters:,} parameters, {m.n_trainable:,} trained"]
@@ -242,7 +246,7 @@ def _sizes(config): # hidden, layers, ffn, vocabulary of any architecture
                4 * hidden)
     return hidden, c.num_hidden_layers, ffn, c.vocab_size
 
-# %% ../nbs/05_models.ipynb #59d8135c
+# %% ../nbs/05_models.ipynb #42a1bad7
 def estimate_memory(
     name, # as for `resolve_model`
     *,
@@ -275,7 +279,7 @@ def estimate_memory(
         best_copy=sum(trained) * size * bool(best_copy), noise=2 * 4 * max(trained),
         activations=tokens * per_token * size, logits=2 * 4 * logit_rows * vocab)
 
-# %% ../nbs/05_models.ipynb #88c06808
+# %% ../nbs/05_models.ipynb #788641cb
 _DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",))
 
 def _lora_modules(model, targets=None): # name -> linear layer that gets an adapter
@@ -295,7 +299,7 @@ def _lora_modules(model, targets=None): # name -> linear layer that gets an adap
                                             f"{type(model).__name__} has {', '.join(kinds)}")
     return under(targets)
 
-# %% ../nbs/05_models.ipynb #8c133289
+# %% ../nbs/05_models.ipynb #7950f2ab
 def free_memory(
     device = "cpu" # as for `resolve_device`
 )->int|None: # bytes; None where the system does not say
@@ -309,7 +313,7 @@ def free_memory(
     known = [b for b in (_ram_available(), _cgroup_available()) if b is not None]
     return min(known) if known else None
 
-# %% ../nbs/05_models.ipynb #6155cc00
+# %% ../nbs/05_models.ipynb #42cbed16
 def _numbers(file): # "name: value kB" or "name value" lines -> dict
     try: lines = Path(file).read_text().splitlines()
     except OSError: return {}
@@ -330,7 +334,7 @@ def _cgroup_available(root="/sys/fs/cgroup"): # a container's limit less what it
         except (OSError, ValueError): continue # not there, or "max": no limit
     return None
 
-# %% ../nbs/05_models.ipynb #d0ddb097
+# %% ../nbs/05_models.ipynb #3a8175cf
 def check_memory(
     estimate:MemoryEstimate, # what the run needs
     device = "cpu",
@@ -348,7 +352,7 @@ def check_memory(
                       f"{device}, of which {free / 1e9:.2f} GB are free; what helps: "
                       f"{', '.join(ways + ['a smaller model'])}.\n{estimate.table()}")
 
-# %% ../nbs/05_models.ipynb #87ebbca0
+# %% ../nbs/05_models.ipynb #f797d4bc
 _WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
            "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "chat_template*"]
 
@@ -380,7 +384,7 @@ def _cached_conversions(spec): # pull requests that an earlier run fetched in pl
     refs = Path(constants.HF_HUB_CACHE)/f"models--{spec.hub.replace('/', '--')}"/"refs"/"refs"/"pr"
     return [] if spec.revision else [f"refs/pr/{f.name}" for f in sorted(refs.glob("*"))]
 
-# %% ../nbs/05_models.ipynb #d9cd0a2e
+# %% ../nbs/05_models.ipynb #8c4018f9
 def _safetensors_revision(spec): # the revision to fetch: the wanted one, or the hub's own conversion of it
     from huggingface_hub import HfApi
     api = HfApi()
@@ -392,7 +396,7 @@ def _safetensors_revision(spec): # the revision to fetch: the wanted one, or the
                 return f"refs/pr/{d.num}"
     _refuse_weights(names, f"{spec.hub} on the hub")
 
-# %% ../nbs/05_models.ipynb #0bd7b57f
+# %% ../nbs/05_models.ipynb #c28eaaf5
 def _load_tokenizer(folder, config):
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -414,7 +418,7 @@ def _begin_with_bos(tok, config): # OPT's own tokenizer begins every text with <
     tok.backend_tokenizer.post_processor = TemplateProcessing(single=f"{tok.bos_token}:0 $A:0",
                                                               pair=f"{tok.bos_token}:0 $A:0 $B:1", special_tokens=bos)
 
-# %% ../nbs/05_models.ipynb #864eb44a
+# %% ../nbs/05_models.ipynb #cbb8c61b
 def _add_lora(model, rank, alpha, targets, seed, dtype):
     import torch
     from peft import LoraConfig, get_peft_model
@@ -439,7 +443,7 @@ def _uniform(p, generator): # (rank, in), in ±1/√in, on the CPU in float32
     import torch
     return (2 * torch.rand(p.shape, generator=generator) - 1) / math.sqrt(p.shape[1])
 
-# %% ../nbs/05_models.ipynb #da928d8c
+# %% ../nbs/05_models.ipynb #e3894202
 def load_model(
     name, # short name in `MODELS`, "org/name[@revision]" on the hub, or a local folder
     *,
@@ -477,7 +481,7 @@ def load_model(
                          **(facts if track == "lora" else {}))
     return model, tokenizer
 
-# %% ../nbs/05_models.ipynb #9fb4caef
+# %% ../nbs/05_models.ipynb #8180a197
 def _check_lora(track, rank, alpha, targets, seed):
     _check_int("lora_rank", rank, 1); _check_int("seed", seed, 0)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
@@ -513,7 +517,7 @@ def _load_weights(folder, config, dtype, device):
                          f"another shape ({', '.join(bad[:3])} …)")
     return model
 
-# %% ../nbs/05_models.ipynb #93ab06a9
+# %% ../nbs/05_models.ipynb #5e7fd157
 def trainable_parameters(
     model # from `load_model`
 )->list: # of (name, parameter), in the model's own order; a tied tensor once
@@ -523,7 +527,7 @@ def trainable_parameters(
         raise ValueError("the model has no trainable parameters: load it with load_model, or set requires_grad on some")
     return named
 
-# %% ../nbs/05_models.ipynb #f2304b94
+# %% ../nbs/05_models.ipynb #dc102c64
 def convert_to_safetensors(
     source, # folder with pytorch_model.bin (or its parts), config and tokenizer, from somewhere you trust
     folder, # new folder: the same model with safetensors
@@ -545,7 +549,7 @@ def convert_to_safetensors(
         return work.rename(folder)
     finally: shutil.rmtree(work, ignore_errors=True)
 
-# %% ../nbs/05_models.ipynb #aacea422
+# %% ../nbs/05_models.ipynb #9c3923fb
 def _convert_parts(parts, folder): # pytorch_model*.bin -> model*.safetensors, with an index where there are several
     from safetensors.torch import save_file
     weight_map, total = {}, 0

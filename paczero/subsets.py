@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SubsetDesign', 'unanimity_forecast']
 
-# %% ../nbs/01_subsets.ipynb #7cdbd691
+# %% ../nbs/01_subsets.ipynb #2be22769
 import difflib, functools, hashlib, math
 from dataclasses import dataclass
 import numpy as np
 
-# %% ../nbs/01_subsets.ipynb #b0576a70
+# %% ../nbs/01_subsets.ipynb #f9343032
 _STREAM = 'paczero-subsets-v1'   # change the name if the recipe below ever changes
 
 def _uint64(recipe:str, # what the numbers are for: the same text, the same numbers
@@ -19,7 +19,7 @@ def _uint64(recipe:str, # what the numbers are for: the same text, the same numb
     raw = hashlib.shake_128(f'{_STREAM}|{recipe}'.encode()).digest(8 * rows * cols)
     return np.frombuffer(raw, dtype='<u8').reshape(rows, cols)
 
-# %% ../nbs/01_subsets.ipynb #53aa8b34
+# %% ../nbs/01_subsets.ipynb #7814ae64
 def _choose(recipe:str, rows:int, cols:int, # shape of the answer
             r:int,                          # how many of `cols` each row chooses
             )->np.ndarray:                  # (rows, cols) bool with exactly r True in each row
@@ -29,7 +29,7 @@ def _choose(recipe:str, rows:int, cols:int, # shape of the answer
     np.put_along_axis(chosen, order[:, :r], True, axis=1)
     return chosen
 
-# %% ../nbs/01_subsets.ipynb #223d32b2
+# %% ../nbs/01_subsets.ipynb #e3731a61
 def _membership(n:int, m:int, seed:int, kind:str, r:int)->np.ndarray: # (n, m) bool
     "Who is in which subset."
     recipe = f'kind={kind}|n={n}|m={m}|r={r}|seed={seed}'
@@ -37,7 +37,7 @@ def _membership(n:int, m:int, seed:int, kind:str, r:int)->np.ndarray: # (n, m) b
     halves = _choose(recipe, m // 2, n, n // 2).T                    # (n, m/2)
     return np.stack([halves, ~halves], axis=2).reshape(n, m)
 
-# %% ../nbs/01_subsets.ipynb #d2570f57
+# %% ../nbs/01_subsets.ipynb #e04e0864
 KINDS = ('half', 'complementary', 'fixed')
 
 def _integer(name:str, x, lo:int)->int:
@@ -47,7 +47,7 @@ def _integer(name:str, x, lo:int)->int:
     if x < lo: raise ValueError(f"{name} = {x} is too small: it must be at least {lo}")
     return int(x)
 
-# %% ../nbs/01_subsets.ipynb #b30ae146
+# %% ../nbs/01_subsets.ipynb #3fac1cd1
 def _count_per_example(kind:str, m:int, r)->int: # in how many subsets each example lies
     "Check `kind`, `m` and `r` together."
     if kind not in KINDS:
@@ -66,7 +66,7 @@ def _count_per_example(kind:str, m:int, r)->int: # in how many subsets each exam
         raise ValueError(f"r = {r!r} goes with kind='fixed' only: kind={kind!r} has r = m/2 = {m // 2}")
     return m // 2
 
-# %% ../nbs/01_subsets.ipynb #171cde9d
+# %% ../nbs/01_subsets.ipynb #69b0c074
 def _refuse_empty(sizes:np.ndarray, n:int, m:int, seed:int, prior:float, kind:str):
     "Refuse a design with a subset that has no example."
     empty = np.flatnonzero(sizes == 0)
@@ -76,7 +76,7 @@ def _refuse_empty(sizes:np.ndarray, n:int, m:int, seed:int, prior:float, kind:st
     raise ValueError(f"n = {n} is too small a pool for m = {m}: subset {which} got no example with seed = {seed}. "
                      f"n = {need} is large enough; or choose a smaller m")
 
-# %% ../nbs/01_subsets.ipynb #37febd77
+# %% ../nbs/01_subsets.ipynb #5fe8f37f
 def _finite(ghat)->np.ndarray: # float64 array
     "`ghat` as float64, refused where it is not finite."
     g = np.asarray(ghat)
@@ -87,7 +87,7 @@ def _finite(ghat)->np.ndarray: # float64 array
                                   f"is at index {tuple(int(i) for i in bad[0])} (the last index is the example)")
     return g
 
-# %% ../nbs/01_subsets.ipynb #9f4ad5dc
+# %% ../nbs/01_subsets.ipynb #b8b9ac69
 @dataclass(frozen=True)
 class SubsetDesign:
     "M public candidate subsets of a pool of n examples; the secret is one of them."
@@ -99,6 +99,8 @@ class SubsetDesign:
 
     def __post_init__(self):
         n, m, seed = _integer('n', self.n, 1), _integer('m', self.m, 2), _integer('seed', self.seed, 0)
+        if n * m > 1 << 31: raise ValueError(f"n = {n} and m = {m} are too large together: a design has n·m memberships, at "
+                                             f"most 2^31")
         for k, v in dict(n=n, m=m, seed=seed, r=_count_per_example(self.kind, m, self.r)).items():
             object.__setattr__(self, k, v)
         _refuse_empty(self.sizes, n, m, seed, self.prior, self.kind)
@@ -138,18 +140,21 @@ class SubsetDesign:
     @classmethod
     def from_dict(cls, d:dict)->'SubsetDesign':
         "Rebuild a design from `to_dict`; refuses a fingerprint that the recipe does not give."
-        design = cls(**{k: d[k] for k in ('n', 'm', 'seed', 'kind', 'r')})
+        names = ('n', 'm', 'seed', 'kind', 'r')
+        missing = [k for k in names if k not in d] if isinstance(d, dict) else list(names)
+        if missing: raise ValueError(f"not a subset design: {', '.join(missing)} missing")
+        design = cls(**{k: d[k] for k in names})
         if d.get('fingerprint') != design.fingerprint:
             raise ValueError(f"fingerprint = {str(d.get('fingerprint'))[:80]!r} does not belong to this recipe, "
                              f"which gives {design.fingerprint!r}")
         return design
 
-# %% ../nbs/01_subsets.ipynb #0168a384
+# %% ../nbs/01_subsets.ipynb #5eff9bd9
 def _read_only(a:np.ndarray)->np.ndarray:
     a.setflags(write=False)
     return a
 
-# %% ../nbs/01_subsets.ipynb #ae0aed01
+# %% ../nbs/01_subsets.ipynb #f6540def
 def unanimity_forecast(signal,             # |mean| √n / std of the per-example differences over the pool; any shape
                        m:int,              # number of candidate subsets
                        kind:str='half',    # the design

@@ -7,7 +7,7 @@ __all__ = ['OBJECTIVES', 'TASKS', 'Example', 'Task', 'normalize_answer', 'squad_
            'TaskSpec', 'register_task', 'resolve_task', 'read_table', 'split_rows', 'eval_rows', 'hub_reachable',
            'load_task']
 
-# %% ../nbs/04_tasks.ipynb #c3241ac7
+# %% ../nbs/04_tasks.ipynb #a230df1c
 import csv, difflib, hashlib, json, re, string, warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 
-# %% ../nbs/04_tasks.ipynb #fa75cca3
+# %% ../nbs/04_tasks.ipynb #ef817d13
 @dataclass(frozen=True)
 class Example:
     "One row, ready for a language model"
@@ -25,7 +25,7 @@ class Example:
     answers:tuple[str, ...] = () # the answers that count as right, without the leading space; () in classification
     uid:str = "" # where it comes from: "split:row" or "split:id"
 
-# %% ../nbs/04_tasks.ipynb #823ae2d6
+# %% ../nbs/04_tasks.ipynb #ed5b52a8
 OBJECTIVES = {"classification": "option-cross-entropy", "generation": "generation-f1"}
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -52,11 +52,15 @@ class Task:
         sizes = ", ".join(f"{k}={len(getattr(self, k))}" for k in ("pool", "dev", "test"))
         return f"Task({self.name!r}, {self.objective}, {sizes}, seed={self.seed}, source={self.source!r})"
 
-# %% ../nbs/04_tasks.ipynb #103f61d2
+# %% ../nbs/04_tasks.ipynb #a33d4722
 def _fingerprint(task):
     parts = [[[e.prompt, e.label, list(e.answers)] for e in part] for part in (task.pool, task.dev, task.test)]
     content = [task.kind, list(task.options), task.metric, task.max_new_tokens, task.stop, *parts]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode("ascii")).hexdigest()
+
+def _pool_fingerprint(task): # of the pool alone, in any order: runs on one pool are accounted together
+    rows = sorted(json.dumps([e.prompt, e.label, list(e.answers)], ensure_ascii=True) for e in task.pool)
+    return hashlib.sha256("\n".join(rows).encode("ascii")).hexdigest()
 
 def _repeats(task): # rows of the pool whose prompt occurs earlier in the pool; and in the other parts
     pool = [e.prompt for e in task.pool]
@@ -67,13 +71,13 @@ def _repeats(task): # rows of the pool whose prompt occurs earlier in the pool; 
 def _describe(task):
     d = dict(name=task.name, kind=task.kind, objective=task.objective, metric=task.metric, source=task.source,
              seed=task.seed, n_pool=len(task.pool), n_dev=len(task.dev), n_test=len(task.test),
-             fingerprint=task.fingerprint, prompts_also_in_pool=_repeats(task))
+             fingerprint=task.fingerprint, pool_fingerprint=_pool_fingerprint(task), prompts_also_in_pool=_repeats(task))
     if task.kind == "generation": return d | dict(max_new_tokens=task.max_new_tokens, stop=task.stop)
     share = lambda part: [sum(e.label == i for e in part) / max(len(part), 1) for i in range(len(task.options))]
     shares = {k: share(getattr(task, k)) for k in ("pool", "dev", "test")}
     return d | dict(options=list(task.options), label_shares=shares)
 
-# %% ../nbs/04_tasks.ipynb #949ba006
+# %% ../nbs/04_tasks.ipynb #f0fbe117
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def normalize_answer(
@@ -87,7 +91,7 @@ def _golds(answers):
     if not golds: raise ValueError("answers is empty: F1 and exact match need at least one gold answer")
     return golds
 
-# %% ../nbs/04_tasks.ipynb #b42f2b63
+# %% ../nbs/04_tasks.ipynb #75cf8baf
 def squad_f1(
     prediction:str, # generated text
     answers, # a gold answer or several: the best one counts
@@ -106,7 +110,7 @@ def exact_match(
     "Whether a prediction equals a gold answer after normalisation"
     return float(any(normalize_answer(prediction) == normalize_answer(g) for g in _golds(answers)))
 
-# %% ../nbs/04_tasks.ipynb #171a1d8c
+# %% ../nbs/04_tasks.ipynb #cab59606
 def accuracy(
     predictions, # (n,) indexes of options
     labels, # (n,) indexes of the right options
@@ -129,7 +133,7 @@ def score(
     return {name: float(np.mean([f(p, e.answers) for p, e in zip(predictions, examples)]))
             for name, f in (("f1", squad_f1), ("exact_match", exact_match))}
 
-# %% ../nbs/04_tasks.ipynb #712abdbd
+# %% ../nbs/04_tasks.ipynb #cd4cd822
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
     "Declares a task: `options` make it classification, no options make it generation"
@@ -157,7 +161,7 @@ class TaskSpec:
     @property
     def target(self): "Column of the label or the answers"; return self.label if self.options else self.answers
 
-# %% ../nbs/04_tasks.ipynb #290db4c4
+# %% ../nbs/04_tasks.ipynb #c45ab7f2
 def _template_fields(template):
     try: parts = list(string.Formatter().parse(template))
     except ValueError as e: raise ValueError(f"template {template!r} is not a format string ({e}); "
@@ -197,7 +201,7 @@ def _check_options(spec):
         raise ValueError(f"labels {spec.labels!r} must give every one of the {len(spec.options)} options "
                          f"{spec.options!r} a raw label of its own")
 
-# %% ../nbs/04_tasks.ipynb #12739f6f
+# %% ../nbs/04_tasks.ipynb #ea7a8cdc
 def _check_int(name, value, low, high=None):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
@@ -221,7 +225,7 @@ def _nearest(name, names): # "; did you mean 'sst2'?" or "."
     near = difflib.get_close_matches(str(name).lower(), list(lower), n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(lower[n]) for n in near)}?" if near else "."
 
-# %% ../nbs/04_tasks.ipynb #f61c23b4
+# %% ../nbs/04_tasks.ipynb #ef8446e4
 _QA = "Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:"
 _VERDICT = (" terrible", " great")
 
@@ -250,7 +254,7 @@ def resolve_task(
     raise ValueError(f"unknown task {name!r}{_nearest(name, TASKS)} Known: {', '.join(TASKS)}; "
                      "declare your own with TaskSpec(...) and register_task(spec)")
 
-# %% ../nbs/04_tasks.ipynb #f7059d6c
+# %% ../nbs/04_tasks.ipynb #41f2dec5
 def read_table(
     file # parquet, jsonl, json, csv or tsv
 )->list: # rows: dicts, column -> value
@@ -265,7 +269,7 @@ def read_table(
     if not rows: raise ValueError(f"{file} has no rows")
     return rows
 
-# %% ../nbs/04_tasks.ipynb #b6da2a92
+# %% ../nbs/04_tasks.ipynb #585c5dd6
 def _read_parquet(file):
     import pyarrow as pa, pyarrow.parquet as pq
     try: return pq.read_table(file).to_pylist()
@@ -286,10 +290,10 @@ def _read_separated(file, delimiter, quoting):
         except csv.Error as e: raise ValueError(f"{file}, line {reader.line_num}: broken row: {e}") from None
     return rows
 
-# %% ../nbs/04_tasks.ipynb #6eb36783
+# %% ../nbs/04_tasks.ipynb #68330e1e
 def _parse_json(text, where):
     try: return json.loads(text)
-    except json.JSONDecodeError as e: raise ValueError(f"{where}: not JSON: {e}") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{where}: not JSON: {e}") from None
 
 def _dicts(rows, file):
     for i, r in enumerate(rows):
@@ -306,16 +310,17 @@ def _read_json(file):
     if not isinstance(rows, list): raise ValueError(f"{file}: expected a list of rows, got {type(rows).__name__}; "
                                                     "one object a line belongs into a .jsonl file")
     if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]: # SQuAD's own nesting
-        rows = [dict(id=q["id"], title=a["title"], context=p["context"], question=q["question"],
-                     answers={"text": [x["text"] for x in q["answers"]]})
-                for a in rows for p in a["paragraphs"] for q in p["qas"]]
+        try: rows = [dict(id=q["id"], title=a["title"], context=p["context"], question=q["question"],
+                          answers={"text": [x["text"] for x in q["answers"]]})
+                     for a in rows for p in a["paragraphs"] for q in p["qas"]]
+        except (KeyError, TypeError) as e: raise ValueError(f"{file}: not in SQuAD's own nesting: {e!r}") from None
     return _dicts(rows, file)
 
 _READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".json": _read_json,
             ".csv": lambda f: _read_separated(f, ",", csv.QUOTE_MINIMAL),
             ".tsv": lambda f: _read_separated(f, "\t", csv.QUOTE_NONE)}
 
-# %% ../nbs/04_tasks.ipynb #ed6b923b
+# %% ../nbs/04_tasks.ipynb #3fd7fe45
 def _split_files(folder, split): # train.csv, or the parts train-*.parquet in order; [] if there is none
     found = {s: sorted(folder.glob(f"{split}{s}")) or sorted(folder.glob(f"{split}-*{s}")) for s in _READERS}
     found = {s: files for s, files in found.items() if files}
@@ -338,7 +343,7 @@ def _read_folder(folder, spec): # -> rows of the training split, rows of the eva
     read = lambda split: [row for f in files[split] for row in read_table(f)]
     return read("train"), read(evaluation), evaluation
 
-# %% ../nbs/04_tasks.ipynb #157a9cb3
+# %% ../nbs/04_tasks.ipynb #97f211ea
 def _check_rows(rows, spec, where): # -> target of every row: index of an option, or tuple of answers
     missing = [c for c in (*spec.fields, spec.target) if c not in rows[0]]
     if missing: raise ValueError(f"{where} has no column {', '.join(map(repr, missing))} (task {spec.name!r} needs "
@@ -364,7 +369,7 @@ def _check_rows(rows, spec, where): # -> target of every row: index of an option
                          "count from 0): mend or drop them")
     return targets
 
-# %% ../nbs/04_tasks.ipynb #b7da6d13
+# %% ../nbs/04_tasks.ipynb #c7d54574
 def _label_parser(spec):
     known = _label_map(spec)
     def parse(raw):
@@ -387,14 +392,14 @@ def _parse_answers(raw): # "x", ["x", "y"], {"text": [...]}, or the last two as 
     if not answers or not all(answers): raise ValueError(f"missing or empty answer|{list(raw)!r:.60}")
     return answers
 
-# %% ../nbs/04_tasks.ipynb #8d4c5a91
+# %% ../nbs/04_tasks.ipynb #7466ebbb
 def _render(rows, targets, order, spec, split): # the rows in `order` as examples
     fill = lambda row: spec.template.format(**{c: row[c].strip() for c in spec.fields})
     uid = lambda i: f"{split}:{rows[i].get(spec.uid, i) if spec.uid else i}"
     make = (lambda t: dict(label=t)) if spec.options else (lambda t: dict(answers=t))
     return tuple(Example(prompt=fill(rows[i]), uid=uid(i), **make(targets[i])) for i in map(int, order))
 
-# %% ../nbs/04_tasks.ipynb #0f5c8f68
+# %% ../nbs/04_tasks.ipynb #c9984952
 def split_rows(
     n_rows:int, # rows of the training split
     n_train:int, # size of the pool, n
@@ -416,7 +421,7 @@ def eval_rows(
     if n_eval is None or n_eval >= n_rows: return np.arange(n_rows)
     return np.random.RandomState(0).permutation(n_rows)[:n_eval]
 
-# %% ../nbs/04_tasks.ipynb #eb960ff4
+# %% ../nbs/04_tasks.ipynb #74cf9359
 def hub_reachable(
     timeout:float = 5. # seconds
 )->bool:
@@ -428,7 +433,7 @@ def hub_reachable(
     except Exception: return False # no name, no route, no answer in time, no proxy: whatever library says it
     return True
 
-# %% ../nbs/04_tasks.ipynb #e4a5ca2b
+# %% ../nbs/04_tasks.ipynb #31c2acba
 def _read_hub(spec): # -> training rows, evaluation rows, name of the evaluation split
     name = f"{spec.hub}{'/' + spec.config if spec.config else ''}"
     get = (f"`hf download {spec.hub} --repo-type dataset --local-dir DIR` on a machine that reaches the hub, then "
@@ -447,7 +452,7 @@ def _read_hub(spec): # -> training rows, evaluation rows, name of the evaluation
         raise ValueError(f"{name} has splits {', '.join(data)}; need train and one of {spec.eval_splits}")
     return data["train"].to_list(), data[split].to_list(), split
 
-# %% ../nbs/04_tasks.ipynb #af2a1bea
+# %% ../nbs/04_tasks.ipynb #2673ce3d
 def _rows(table, where):
     if hasattr(table, "to_dict") and hasattr(table, "columns"): table = table.to_dict("records") # a DataFrame
     elif hasattr(table, "to_list"): table = table.to_list() # a datasets.Dataset
@@ -471,7 +476,7 @@ def _read_embedded(spec, wanted):
     train = embedded.facts("train")
     return (train if len(train) >= wanted else embedded.facts("train", n=wanted)), embedded.facts("test"), "test"
 
-# %% ../nbs/04_tasks.ipynb #7ca54167
+# %% ../nbs/04_tasks.ipynb #561630bc
 def load_task(
     name, # "sst2", "squad", "reviews", "facts", a registered name, or a `TaskSpec`
     *,
@@ -500,7 +505,7 @@ def load_task(
                 test=_render(evaluation, test_targets, test, spec, split))
     return _warn_repeats(task)
 
-# %% ../nbs/04_tasks.ipynb #bc45cce3
+# %% ../nbs/04_tasks.ipynb #d6c1fb54
 def _find_rows(spec, path, data, wanted): # -> training rows, evaluation rows, evaluation split, where they are from
     if path is not None and data is not None: raise ValueError("give path or data, not both")
     if data is not None: return *_read_data(data, spec), "data"

@@ -6,14 +6,14 @@
 __all__ = ['MAX_BYTES', 'MAX_LINE', 'FORMAT', 'TranscriptError', 'canonical', 'Chain', 'read_log', 'ChainedLog', 'weights_digest',
            'check_header', 'Transcript', 'coefficients', 'take_step', 'replay', 'lock_folder']
 
-# %% ../nbs/07_transcript.ipynb #7abc4835
+# %% ../nbs/07_transcript.ipynb #323e9b64
 import hashlib, json, math, os
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from .directions import SCHEDULES, Theta, learning_rate, z_fingerprint
 
-# %% ../nbs/07_transcript.ipynb #9846cc90
+# %% ../nbs/07_transcript.ipynb #dff03ba8
 class TranscriptError(ValueError):
     "A transcript or ledger that cannot be trusted, with the line and the reason."
 
@@ -36,7 +36,7 @@ class Chain:
         "The hash of everything so far."
         return self.state.hex()
 
-# %% ../nbs/07_transcript.ipynb #9f74c692
+# %% ../nbs/07_transcript.ipynb #0729a09d
 MAX_BYTES, MAX_LINE = 1 << 28, 1 << 20
 
 def _refuse_constant(name): raise ValueError(f"{name} is not allowed")
@@ -70,7 +70,7 @@ def read_log(
             out.append(_parse(raw[:-1], chain, where)); good += len(raw)
     return out, chain, good
 
-# %% ../nbs/07_transcript.ipynb #0aced581
+# %% ../nbs/07_transcript.ipynb #e420dd00
 class ChainedLog:
     "An append-only chained log: `append` returns when the line is on the disk."
     def __init__(self,
@@ -108,7 +108,7 @@ class ChainedLog:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../nbs/07_transcript.ipynb #e26b31f3
+# %% ../nbs/07_transcript.ipynb #a9987e74
 def weights_digest(
     model, # a torch module
 )->str: # 64 hexadecimal digits
@@ -120,14 +120,14 @@ def weights_digest(
         h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/07_transcript.ipynb #4084734a
+# %% ../nbs/07_transcript.ipynb #b1088ae0
 FORMAT = "paczero-transcript/1"
 
 def _need(ok, text):
     if not ok: raise TranscriptError(text)
 
 def _number(v, low=-math.inf, high=math.inf, whole=False):
-    return not isinstance(v, bool) and isinstance(v, int if whole else (int, float)) and math.isfinite(v) and low <= v <= high
+    return not isinstance(v, bool) and isinstance(v, int if whole else (int, float)) and abs(v) <= 1.7e308 and low <= v <= high # no isfinite: it overflows on huge ints
 
 def check_header(
     header, # the first line of a transcript
@@ -146,7 +146,7 @@ def check_header(
     _need(_number(d.get("seed"), 0, 2**63, whole=True), f"line 1: directions.seed must be a whole number >= 0, got {d.get('seed')!r}")
     for k, v in dict(z=d.get("z"), device=d.get("device"), weights=m.get("weights")).items(): _need(isinstance(v, str), f"line 1: {k} must be text, got {v!r}")
 
-# %% ../nbs/07_transcript.ipynb #88a439ac
+# %% ../nbs/07_transcript.ipynb #6d2e26f1
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
     "What a run released: how it ran (`header`), K numbers a step (`releases`), and how it ended (`end`, None while unfinished)."
@@ -190,25 +190,48 @@ def _check_end(end, steps):
     ok = isinstance(end, dict) and set(end) == {"best_step", "weights"} and _number(end["best_step"], 0, steps, whole=True) and isinstance(end["weights"], str)
     _need(ok, f"last line: expected best_step from 0 to {steps} and a weights digest, got {str(end)[:80]}")
 
-# %% ../nbs/07_transcript.ipynb #1c44d06c
+# %% ../nbs/07_transcript.ipynb #4a93644c
+def _design_agrees(d, limit):
+    "Whether the recipe of a design gives its fingerprint; a text where it is too large to redraw."
+    from paczero.subsets import SubsetDesign
+    n, m = d.get("n"), d.get("m")
+    if not (_number(n, 1, whole=True) and _number(m, 2, whole=True)): return False
+    if n * m > limit: return f"not redrawn: n={n:.6g} times m={m:.6g} is above {limit}; raise max_design to redraw it"
+    try: SubsetDesign.from_dict(d)
+    except ValueError: return False
+    return True
+
+def _ledger_agrees(transcript, path, max_design):
+    "Whether the ledger tells the same releases, and whether each booking is what the mechanism must book: True, or the reason why not."
+    from paczero.mechanisms import make_mechanism
+    from paczero.subsets import SubsetDesign
+    if _design_agrees(transcript.header["design"], max_design) is not True: return "not decided: the subset design does not agree"
+    try:
+        steps = [e["releases"] for e in read_log(path)[0] if "releases" in e]
+        if [[r["scalar"] for r in s] for s in steps] != [list(y) for y in transcript.releases]: return "its releases are not the transcript's"
+        make_mechanism(transcript.header["mechanism"]).bind(SubsetDesign.from_dict(transcript.header["design"])).restore([r for s in steps for r in s])
+    except (ValueError, KeyError, TypeError) as e: return f"not as it must be: {str(e)[:400]}"
+    return True
+
 @patch
 def verify(self:Transcript,
     digest:str=None, # what its owner published (metrics.json, guarantee.md); None: not compared
     device:str="cpu", # where to redraw; the transcript's own kind of device, to replay it
+    max_design:int=1 << 24, # n·M up to which the design is redrawn: a stranger's header may name any
+    ledger=None, # the run's ledger.jsonl, where its owner lets it be seen: every booking is recomputed
 )->dict: # check -> True, False, or a text where it cannot be decided here
     "Recompute all that can be recomputed without the model."
-    from paczero.subsets import SubsetDesign
     import torch
     d, u = self.header["design"], self.header["update"]
-    design = SubsetDesign(**{k: d[k] for k in ("n", "m", "seed", "kind", "r") if k in d})
     kind = torch.device(device).type
     return {"digest as published": "no digest given" if digest is None else digest == self.digest,
-            "subset design": design.fingerprint == d.get("fingerprint"),
+            "subset design": _design_agrees(d, max_design),
             "directions": z_fingerprint(self.header["directions"]["seed"], device) == self.header["directions"]["z"]
                 if kind == self.header["directions"]["device"] else f"drawn on {self.header['directions']['device']}, not on {kind}",
-            "finished": self.end is not None and len(self) <= u["steps"]}
+            "finished": self.end is not None and len(self) <= u["steps"],
+            **({} if ledger is None else {"ledger": _ledger_agrees(self, ledger, max_design)})}
 
-# %% ../nbs/07_transcript.ipynb #298fdfce
+# %% ../nbs/07_transcript.ipynb #2e663fc7
 def coefficients(
     t:int, # step
     y, # the K released numbers
@@ -251,7 +274,7 @@ def replay(
     for t, y in enumerate(transcript.releases[:n]): take_step(theta, t, y, h["update"])
     return model
 
-# %% ../nbs/07_transcript.ipynb #c5541c11
+# %% ../nbs/07_transcript.ipynb #5804df4e
 def lock_folder(
     folder, # the run's folder
 ):
