@@ -6,7 +6,7 @@
 __all__ = ['PARAMETERS', 'FILES', 'choose_recipe', 'choose_device', 'with_dtype', 'memory_needed', 'results_folder',
            'choose_folder', 'run_or_load', 'shown', 'reference_recipe', 'recipe_table', 'release_summary', 'file_table']
 
-# %% ../nbs/13_experiment.ipynb #ff5e5351
+# %% ../nbs/13_experiment.ipynb #78d8e3b6
 import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from . import paper
 from .finetune import _check
 from .paper import Recipe
 
-# %% ../nbs/13_experiment.ipynb #25783234
+# %% ../nbs/13_experiment.ipynb #4b5677aa
 PARAMETERS = ("model", "task", "track", "mechanism", "budget", "mi_schedule", "signal", "k", "lora_rank", "lr", "lr_schedule", "clip", "steps", "m", "design", "r",
               "seed", "n_train", "n_dev", "n_eval", "zo_eps", "eval_every", "restore", "dtype")
 
@@ -23,6 +23,8 @@ def choose_recipe(
     **parameters, # any of PARAMETERS; None: as the recipe has it
 )->tuple: # (Recipe, {field: (base value, new value)})
     "The recipe that the parameters ask for, and what they changed."
+    from paczero.models import resolve_model
+    from paczero.tasks import resolve_task
     given = {k: v for k, v in parameters.items() if v is not None}
     unknown = [k for k in given if k not in PARAMETERS]
     if unknown: raise ValueError(f"unknown parameter {unknown[0]!r}{paper.nearest(unknown[0], PARAMETERS)}")
@@ -37,6 +39,7 @@ def choose_recipe(
         base = paper.recipe_for(given.get("model", "tiny-opt"), **kind)
         recipe = paper.recipe_for(given.get("model", "tiny-opt"), **kind, **{k: v for k, v in given.items() if k not in ("model", *kind)})
     if no_clip: recipe = replace(recipe, clip=None)
+    resolve_model(recipe.model); resolve_task(recipe.task)       # a name that does not exist is found before anything is fetched
     changed = {f.name: (getattr(base, f.name), getattr(recipe, f.name)) for f in fields(Recipe) if getattr(base, f.name) != getattr(recipe, f.name)}
     return recipe, changed
 
@@ -50,7 +53,7 @@ def _consistent(base, given):
         out = (dict(lora_rank=8, lora_alpha=16) if given["track"] == "lora" else dict(lora_rank=None, lora_alpha=None)) | out
     return out
 
-# %% ../nbs/13_experiment.ipynb #0e339887
+# %% ../nbs/13_experiment.ipynb #28d4a8f6
 def choose_device(
     device:str=None, # "cpu", "cuda", "cuda:1", …; None: a GPU where there is one
 )->str:
@@ -78,7 +81,7 @@ def memory_needed(
     return estimate_memory(recipe.model, track=recipe.track, dtype=recipe.dtype, restore=recipe.restore, best_copy=recipe.select == "best" and device == "cpu",
                            tokens=default_max_tokens(device), generation=recipe.task in ("squad", "facts"), **lora)
 
-# %% ../nbs/13_experiment.ipynb #50331f33
+# %% ../nbs/13_experiment.ipynb #1e1bc2d4
 def results_folder(
     results_dir=None, # None: results/ of the project this runs in, else of the current folder
 )->Path:
@@ -125,7 +128,7 @@ def shown(
         if path.is_relative_to(base.resolve()): return str(path.relative_to(base.resolve()))
     return path.name
 
-# %% ../nbs/13_experiment.ipynb #c083e52d
+# %% ../nbs/13_experiment.ipynb #9aef244c
 def reference_recipe(
     recipe:Recipe,
     wanted=None, # True, False; None: only for the embedded model, where it costs a minute
@@ -136,7 +139,7 @@ def reference_recipe(
     own = paper.recipe_for(recipe.model, recipe.task, recipe.track, "nonprivate")
     return replace(recipe, mechanism="nonprivate", signal="raw_full", budget=None, mi_schedule=None, lr=own.lr, clip=own.clip, source=own.source)
 
-# %% ../nbs/13_experiment.ipynb #7b15acca
+# %% ../nbs/13_experiment.ipynb #a5e7a1fb
 def recipe_table(
     recipe:Recipe,
     changed:dict, # from `choose_recipe`

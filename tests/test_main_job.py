@@ -104,7 +104,7 @@ def test_without_an_output_path(house):
     (["-p", "model", "opt-1.3"], "did you mean 'opt-1.3b'"),
     (["-p", "mechanism", "mi", "-p", "budget", "-1"], "budget must be a number of nats > 0"),
     (["-p", "n_train", "4", "-p", "m", "126"], "is too small a pool"),
-    (["-p", "model", "opt-125m"], "tiny-opt"),                                  # neither cached nor reachable
+    (["-p", "model", "opt-125m", "-p", "task", "reviews"], "tiny-opt"),         # neither cached nor reachable
     (["-p", "task", "sst2", "-p", "data_path", "no/such/folder"], "no/such/folder"),
 ], ids=lambda v: "-".join(v[1::2]) if isinstance(v, list) else None)
 def test_bad_input_stops_early(parameters, says, house):
