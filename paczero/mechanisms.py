@@ -9,6 +9,7 @@ __all__ = ['SIGNALS', 'MECHANISMS', 'pack_signs', 'unpack_signs', 'Release', 'Le
 # %% ../nbs/02_mechanisms.ipynb #465f3f40
 import difflib, hashlib, json, math, os, secrets, stat
 from dataclasses import dataclass, fields
+from abc import ABC, abstractmethod
 from fractions import Fraction
 from statistics import NormalDist
 import numpy as np
@@ -336,7 +337,7 @@ class Guarantee:
     def _repr_markdown_(self): return self.markdown()
 
 # %% ../nbs/02_mechanisms.ipynb #409dbb4d
-class Mechanism:
+class Mechanism(ABC):
     "Base: bind a design, release, account, restore."
     name, private, needs_secret = 'mechanism', True, False
 
@@ -373,8 +374,9 @@ class Mechanism:
         self._check_ready()
         return _quantise(subset_means, self.design.m)
 
+    @abstractmethod
     def release(self, subset_means, *, pool_mean:float=None)->Release:
-        raise NotImplementedError
+        "One release from M subset means: each mechanism has its own."
 
     def step(self,
              ghat,            # (K, n): one row of per-example differences for each direction
