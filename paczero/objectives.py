@@ -7,14 +7,14 @@ __all__ = ['encode', 'OptionTokens', 'encode_options', 'plan_batches', 'Batch', 
            'head_is_plain', 'default_max_tokens', 'OptionCrossEntropy', 'stop_token_ids', 'GenerationF1',
            'make_objective']
 
-# %% ../nbs/06_objectives.ipynb #361fdf68
+# %% ../nbs/06_objectives.ipynb #6e4cd74c
 from dataclasses import dataclass
 import numpy as np
 import torch
 from fastcore.basics import patch
 from .tasks import squad_f1
 
-# %% ../nbs/06_objectives.ipynb #98db3679
+# %% ../nbs/06_objectives.ipynb #00107956
 def encode(
     tokenizer,
     text:str,
@@ -27,7 +27,7 @@ def encode(
     while front < len(ids) and ids[front] in special: front += 1
     return ids[:front] + ids[len(ids) - (max_length - front):]
 
-# %% ../nbs/06_objectives.ipynb #8187ec83
+# %% ../nbs/06_objectives.ipynb #1ffe5e8f
 @dataclass(frozen=True)
 class OptionTokens:
     "One example and one option as tokens: `ids` = prompt + option, the last `n_option` of them the option's."
@@ -48,7 +48,7 @@ def encode_options(
     kept = encode(tokenizer, prompt, max_length - max(map(len, new)))
     return [OptionTokens(tuple(kept + n), len(n)) for n in new]
 
-# %% ../nbs/06_objectives.ipynb #2deeb4f0
+# %% ../nbs/06_objectives.ipynb #e3b1ace3
 def plan_batches(
     lengths, # (n,) tokens of each sequence
     max_tokens:int=4096, # padded tokens a batch may hold; a single sequence may exceed it
@@ -73,7 +73,7 @@ def plan_batches(
         j = i
     return plan[::-1]
 
-# %% ../nbs/06_objectives.ipynb #cead6f66
+# %% ../nbs/06_objectives.ipynb #ace84b49
 @dataclass(frozen=True)
 class Batch:
     "Right-padded sequences on the device: which examples, their tokens, and where each one ends."
@@ -95,7 +95,7 @@ def place(
         out.append(Batch(*(o.to(device) for o in (torch.as_tensor(idx), ids, torch.tensor([len(r) - 1 for r in rows])))))
     return out
 
-# %% ../nbs/06_objectives.ipynb #6592a2df
+# %% ../nbs/06_objectives.ipynb #14a0c7b4
 def causal_lm(model):
     "The `transformers` causal LM inside `model` (a PEFT wrapper, or the model itself)."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -122,24 +122,33 @@ def head_is_plain(
         ours, theirs = lm.get_output_embeddings()(last_hidden(lm, probe)[:, 0]).float(), lm(ids).logits[:, -1].float()
         return bool(((ours - theirs).abs().max() <= 2e-3 * theirs.abs().max().clamp(min=1)).item())
 
-# %% ../nbs/06_objectives.ipynb #7d5d7780
+# %% ../nbs/06_objectives.ipynb #0701cfbf
 def default_max_tokens(device)->int:
     "How many padded tokens a batch holds by default: what fills a CPU's caches, or a GPU."
     return 2048 if torch.device(device).type == "cpu" else 32768
 
 class _Objective:
     "What both objectives share: batches placed once, smaller ones when memory runs out."
-    def _fit(self, run):
-        "Run, halving the batches for as long as the device is out of memory."
+    def _place(self): self.batches = self._batches(np.arange(self.n))
+
+    def _fit(self, run, rows):
+        "Run over the batches of all examples, or of `rows`, halving them for as long as the device is out of memory."
         from accelerate.utils.memory import should_reduce_batch_size
         while True:
             try:
-                with torch.inference_mode(): return run()
+                with torch.inference_mode(): return run(self.batches if rows is None else self._batches(self._rows(rows)))
             except RuntimeError as e:
                 if not should_reduce_batch_size(e) or self.max_tokens <= self.longest: raise
             self.max_tokens //= 2
             if torch.cuda.is_available(): torch.cuda.empty_cache()
             self._place()
+
+    def _rows(self, rows)->np.ndarray: # checked
+        "Rows of the examples, each at most once."
+        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if len(rows) and not (0 <= rows.min() and rows.max() < self.n): raise ValueError(f"rows must be in 0 … {self.n - 1}, got {rows.min()} … {rows.max()}")
+        if len(np.unique(rows)) != len(rows): raise ValueError(f"rows must hold each example at most once, got {len(rows) - len(np.unique(rows))} repeated")
+        return rows
 
     @property
     def longest(self)->int: # tokens
@@ -166,6 +175,7 @@ class OptionCrossEntropy(_Objective):
         if not examples: raise ValueError("there are no examples to compute losses for")
         self.model, self.options, self.pad_id = model, tuple(options), tokenizer.pad_token_id
         self.device = causal_lm(model).device
+        self.n = len(examples)
         self.labels = torch.tensor([e.label for e in examples], device=self.device)
         encoded = [encode_options(tokenizer, e.prompt, options, _positions(model)) for e in examples]
         self.single = all(o.n_option == 1 and o.ids[:-1] == e[0].ids[:-1] for e in encoded for o in e)
@@ -175,18 +185,20 @@ class OptionCrossEntropy(_Objective):
             self.sequences, self.n_option = [e[0].ids[:-1] for e in encoded], None
         else:                # one sequence an example and option, ordered by option
             self.sequences = [e[j].ids for j in range(len(options)) for e in encoded]
-            self.n_option = [e[j].n_option for j in range(len(options)) for e in encoded]
+            self.n_option = np.array([e[j].n_option for j in range(len(options)) for e in encoded])
         self.max_tokens = max_tokens or default_max_tokens(self.device)
         self._place()
 
-    def _place(self):
-        "Plan the batches and put them on the device; with several tokens an option, a batch holds options of one length."
-        plan = lambda rows: [rows[b] for b in plan_batches([len(self.sequences[i]) for i in rows], self.max_tokens, pad=self.plain_head)]
-        groups = [np.arange(len(self.sequences))] if self.single else \
-                 [np.flatnonzero(np.equal(self.n_option, k)) for k in sorted(set(self.n_option))]
-        self.batches = place(self.sequences, [b for g in groups for b in plan(g)], self.pad_id, self.device)
+    def _batches(self, rows):
+        "The planned batches of these examples on the device; with several tokens an option, a batch holds options of one length."
+        plan = lambda seqs: [seqs[b] for b in plan_batches([len(self.sequences[i]) for i in seqs], self.max_tokens, pad=self.plain_head)]
+        if self.single: groups = [rows]
+        else:
+            rows = np.concatenate([rows + j * len(self.labels) for j in range(len(self.options))])
+            groups = [rows[np.equal(self.n_option[rows], k)] for k in np.unique(self.n_option)]
+        return place(self.sequences, [b for g in groups if len(g) for b in plan(g)], self.pad_id, self.device)
 
-# %% ../nbs/06_objectives.ipynb #f795f2eb
+# %% ../nbs/06_objectives.ipynb #0e6a7b1d
 @patch
 def _logits(self:OptionCrossEntropy, b, back):
     "(B, back, vocabulary) logits at the last `back` positions that predict something."
@@ -210,25 +222,31 @@ def _mean_logprob(self:OptionCrossEntropy, b, k):
     where = b.last[:, None] + torch.arange(1 - k, 1, device=self.device)
     return logp.gather(2, b.ids.gather(1, where)[..., None])[..., 0].mean(1)
 
-# %% ../nbs/06_objectives.ipynb #1f8239f7
+# %% ../nbs/06_objectives.ipynb #4dfd1370
 @patch
-def scores(self:OptionCrossEntropy)->torch.Tensor: # (n, options) float32, on the device
+def scores(self:OptionCrossEntropy,
+    rows=None, # (b,) which examples; None: all n
+)->torch.Tensor: # (b, options) float32, on the device
     "Every option's mean log-probability, up to a constant common to an example's options."
-    def run():
-        n = len(self.labels)
+    def run(batches):
         if self.single:
-            out = torch.empty(n, len(self.options), device=self.device)
-            for b in self.batches: out[b.index] = self._single_scores(b)
+            out = torch.empty(self.n, len(self.options), device=self.device)
+            for b in batches: out[b.index] = self._single_scores(b)
             return out
         flat = torch.empty(len(self.sequences), device=self.device)
-        for b in self.batches: flat[b.index] = self._mean_logprob(b, self.n_option[int(b.index[0])])
-        return flat.view(len(self.options), n).T
-    return self._fit(run)
+        for b in batches: flat[b.index] = self._mean_logprob(b, int(self.n_option[int(b.index[0])]))
+        return flat.view(len(self.options), self.n).T
+    out = self._fit(run, rows)
+    return out if rows is None else out[torch.as_tensor(self._rows(rows), device=self.device)]
 
 @patch
-def losses(self:OptionCrossEntropy)->torch.Tensor: # (n,) float32, nats, on the device
-    "The loss of every example, in the order of the examples."
-    with torch.inference_mode(): return torch.nn.functional.cross_entropy(self.scores(), self.labels, reduction="none")
+def losses(self:OptionCrossEntropy,
+    rows=None, # (b,) which examples; None: all n
+)->torch.Tensor: # (b,) float32, nats, on the device
+    "The loss of every example, in the order of the examples (or of `rows`)."
+    with torch.inference_mode():
+        labels = self.labels if rows is None else self.labels[torch.as_tensor(self._rows(rows), device=self.device)]
+        return torch.nn.functional.cross_entropy(self.scores(rows), labels, reduction="none")
 
 @patch
 def evaluate(self:OptionCrossEntropy)->dict: # accuracy in [0, 1]; loss in nats, mean
@@ -238,7 +256,7 @@ def evaluate(self:OptionCrossEntropy)->dict: # accuracy in [0, 1]; loss in nats,
         return dict(accuracy=(s.argmax(1) == self.labels).double().mean().item(),
                     loss=torch.nn.functional.cross_entropy(s, self.labels).item())
 
-# %% ../nbs/06_objectives.ipynb #7a980efc
+# %% ../nbs/06_objectives.ipynb #e7d562de
 def stop_token_ids(
     tokenizer,
     stop:str="\n", # generation ends at the first token whose text contains it
@@ -263,19 +281,19 @@ class GenerationF1(_Objective):
         if max_new_tokens >= positions: raise ValueError(f"max_new_tokens must leave room for the prompt: got {max_new_tokens} of {positions} positions")
         self.model, self.tokenizer, self.stop, self.max_new_tokens = model, tokenizer, stop, max_new_tokens
         self.device = causal_lm(model).device
-        self.answers = [e.answers for e in examples]
+        self.n, self.answers = len(examples), [e.answers for e in examples]
         self.sequences = [encode(tokenizer, e.prompt, positions - max_new_tokens) for e in examples]
         self.stop_ids = stop_token_ids(tokenizer, stop)
         self.max_tokens = max_tokens or default_max_tokens(self.device)
         self._place()
 
-    def _place(self):
+    def _batches(self, rows):
         "Batches of equal length: nothing is padded, so no mask is needed while generating either."
-        lengths = np.array([len(s) for s in self.sequences])
+        lengths = np.array([len(self.sequences[i]) for i in rows], dtype=int)
         plan = plan_batches(lengths + self.max_new_tokens, self.max_tokens, pad=False)
-        self.batches = place(self.sequences, plan, self.tokenizer.pad_token_id, self.device)
+        return place(self.sequences, [rows[b] for b in plan], self.tokenizer.pad_token_id, self.device)
 
-# %% ../nbs/06_objectives.ipynb #4ada70f7
+# %% ../nbs/06_objectives.ipynb #cfb38e5b
 @patch
 def _answers(self:GenerationF1, b):
     "The generated texts of one batch, cut at the stop string."
@@ -285,19 +303,25 @@ def _answers(self:GenerationF1, b):
     return [t.split(self.stop)[0].strip() for t in texts]
 
 @patch
-def generate(self:GenerationF1)->list: # n texts
+def generate(self:GenerationF1,
+    rows=None, # (b,) which examples; None: all n
+)->list: # b texts
     "Every example's answer, generated greedily."
-    def run():
-        texts = [None] * len(self.sequences)
-        for b in self.batches:
+    def run(batches):
+        texts = [None] * self.n
+        for b in batches:
             for i, t in zip(b.index.tolist(), self._answers(b)): texts[i] = t
         return texts
-    return self._fit(run)
+    texts = self._fit(run, rows)
+    return texts if rows is None else [texts[i] for i in self._rows(rows)]
 
 @patch
-def losses(self:GenerationF1)->torch.Tensor: # (n,) float32 in [-1, 0], on the CPU
+def losses(self:GenerationF1,
+    rows=None, # (b,) which examples; None: all n
+)->torch.Tensor: # (b,) float32 in [-1, 0], on the CPU
     "Minus the F1 of every example's answer, best over its gold answers."
-    return -torch.tensor([squad_f1(t, a) for t, a in zip(self.generate(), self.answers)])
+    answers = self.answers if rows is None else [self.answers[i] for i in self._rows(rows)]
+    return -torch.tensor([squad_f1(t, a) for t, a in zip(self.generate(rows), answers)])
 
 @patch
 def evaluate(self:GenerationF1)->dict: # f1 and exact match in [0, 1]
@@ -307,7 +331,7 @@ def evaluate(self:GenerationF1)->dict: # f1 and exact match in [0, 1]
     f1 = float(np.mean([squad_f1(t, a) for t, a in zip(texts, self.answers)]))
     return dict(f1=f1, exact_match=float(np.mean([exact_match(t, a) for t, a in zip(texts, self.answers)])), loss=-f1)
 
-# %% ../nbs/06_objectives.ipynb #da4645d1
+# %% ../nbs/06_objectives.ipynb #f2da6fa9
 def make_objective(
     model, # a causal LM
     tokenizer,
