@@ -6,7 +6,7 @@
 __all__ = ['SIGNALS', 'MECHANISMS', 'MECHANISM_NAMES', 'pack_signs', 'unpack_signs', 'Release', 'Ledger', 'Guarantee',
            'Mechanism', 'ZPL', 'MIBudget', 'NonPrivate', 'make_mechanism']
 
-# %% ../nbs/02_mechanisms.ipynb #0913b1a7
+# %% ../nbs/02_mechanisms.ipynb #d7510c8b
 import difflib, hashlib, importlib, json, math, os, secrets, stat
 from dataclasses import dataclass, fields
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ import numpy as np
 from .information import binary_channel_mi, binary_entropy, epsilon_for_mi, posterior_bound, sigma_for_mi
 from .subsets import SubsetDesign, _finite, _integer
 
-# %% ../nbs/02_mechanisms.ipynb #e4953585
+# %% ../nbs/02_mechanisms.ipynb #f2533706
 class _OSEntropy:
     "Secret randomness from the operating system."
     audited = False
@@ -27,7 +27,7 @@ class _OSEntropy:
         b = self.bits(130, where)
         return (1 - 2 * (b & 1)) * NormalDist().inv_cdf((2 * (b >> 1) + 1) / 2**131)
 
-# %% ../nbs/02_mechanisms.ipynb #cd8b5580
+# %% ../nbs/02_mechanisms.ipynb #0a1a0375
 STAMP = 'secret fixed for audit: no guarantee'
 
 class _AuditEntropy(_OSEntropy):
@@ -38,7 +38,7 @@ class _AuditEntropy(_OSEntropy):
         raw = hashlib.shake_256(f'paczero-audit-v1|{self.seed}|{where}'.encode()).digest((k + 7) // 8)
         return int.from_bytes(raw, 'little') >> (-k % 8)
 
-# %% ../nbs/02_mechanisms.ipynb #f1cb40c1
+# %% ../nbs/02_mechanisms.ipynb #164a9e4b
 class Secret:
     "The index of the secret subset: usable, not showable."
     __slots__ = ('__index',)
@@ -50,7 +50,7 @@ class Secret:
     def _refuse(self, *args, **kwargs): raise TypeError("the secret refuses to be copied, pickled or serialised")
     __reduce__ = __reduce_ex__ = __copy__ = __deepcopy__ = __getstate__ = __int__ = __index__ = __iter__ = _refuse
 
-# %% ../nbs/02_mechanisms.ipynb #d73bd6f8
+# %% ../nbs/02_mechanisms.ipynb #adfe9e3c
 def _write_secret(path, secret:Secret, m:int, **head)->None:
     "Create `path` with mode 600 and write the secret of 0..m-1 with the facts in `head`."
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0), 0o600)
@@ -64,7 +64,7 @@ def _write_secret(path, secret:Secret, m:int, **head)->None:
         os.unlink(path)
         raise
 
-# %% ../nbs/02_mechanisms.ipynb #c99f987f
+# %% ../nbs/02_mechanisms.ipynb #b58cf4b6
 def _read_secret(path, m:int, **head)->Secret:
     "The secret of 0..m-1 from a file of `_write_secret` that agrees with `head`."
     fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0))
@@ -88,7 +88,7 @@ def _parse_secret(f)->tuple: # what the file says but for the secret, and the se
     if not isinstance(d, dict) or type(d.get('index')) is not int or d['index'] < 0: return {}, None
     return {k: v for k, v in d.items() if k != 'index'}, Secret(d['index'])
 
-# %% ../nbs/02_mechanisms.ipynb #4508de80
+# %% ../nbs/02_mechanisms.ipynb #f1fc28fb
 def _quantise(subset_means, m:int)->tuple: # (M,) float64 means, (M,) int8 signs
     "Checked subset means and their signs."
     g = np.asarray(subset_means)
@@ -101,7 +101,7 @@ def _quantise(subset_means, m:int)->tuple: # (M,) float64 means, (M,) int8 signs
     g = g.astype(np.float64)
     return g, np.where(g >= 0, 1, -1).astype(np.int8)
 
-# %% ../nbs/02_mechanisms.ipynb #9bd97203
+# %% ../nbs/02_mechanisms.ipynb #e629dd4b
 def pack_signs(signs)->str: # "M:+" or "M:-" if all agree, else "M:" and hexadecimal bits (1 for +1)
     "M signs ±1 as a short text."
     s = np.asarray(signs)
@@ -121,7 +121,7 @@ def unpack_signs(text:str)->np.ndarray: # (M,) int8 of ±1
         raise ValueError(f"signs = {str(text)[:60]!r} is not a text made by pack_signs")
     return s
 
-# %% ../nbs/02_mechanisms.ipynb #6a065935
+# %% ../nbs/02_mechanisms.ipynb #3e404d4e
 _RELEASE_KINDS = ('unanimous', 'coin', 'noisy', 'nonprivate', 'gaussian')
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,7 @@ class Release:
             raise ValueError(f"release record with unknown fields {extra[:5]} and missing fields {missing}")
         return cls(**record)
 
-# %% ../nbs/02_mechanisms.ipynb #30f99c33
+# %% ../nbs/02_mechanisms.ipynb #bbd9aef6
 def _float(x:Fraction, up:bool)->float:
     "`x` as a float, rounded up or down."
     f = float(x)
@@ -188,7 +188,7 @@ def _float(x:Fraction, up:bool)->float:
     if not up and Fraction(f) > x: return math.nextafter(f, -math.inf)
     return f
 
-# %% ../nbs/02_mechanisms.ipynb #a8a2784a
+# %% ../nbs/02_mechanisms.ipynb #c71b65f8
 class Ledger:
     "Nats booked, release by release; refuses to exceed its budget."
     def __init__(self, budget:float=None): # nats; None: no limit
@@ -240,7 +240,7 @@ class Ledger:
         led._entries += [0.0] * (count - led.count)
         return led
 
-# %% ../nbs/02_mechanisms.ipynb #fc643726
+# %% ../nbs/02_mechanisms.ipynb #9b185585
 _ASSUMPTIONS = (
     'The attacker may know everything else: the pool, the design, the algorithm, every public seed, all M signs of '
     'every step.',
@@ -264,9 +264,10 @@ _NOT_COVERED_BUDGET = (
     'The last bits of floating-point Gaussian noise: noise is rounded to a coarse grid to hide them, which is a '
     'safeguard and not a proof.')
 
+def _num(x)->str: return '–' if x is None else f'{x:.6g}'
 def _up(p:float)->str: return f'{math.ceil(p * 1e4 - 1e-9) / 1e4:.4f}'   # a probability, rounded up for the reader
 
-# %% ../nbs/02_mechanisms.ipynb #e9d62af6
+# %% ../nbs/02_mechanisms.ipynb #e2b4a932
 @dataclass(frozen=True, kw_only=True)
 class Guarantee:
     "What may be said of the privacy of one run."
@@ -323,25 +324,27 @@ class Guarantee:
                 f"is possible without seeing anything."
                 + (' Such a budget bounds nothing for a single example.' if self.posterior_bound == 1 else ''))
 
-    def markdown(self)->str:
-        "The guarantee as a page of markdown."
-        num = lambda x: '–' if x is None else f'{x:.6g}'
-        rows = [('mechanism', self.mechanism), ('pool size n', self.n),
+    def rows(self)->list: # of (what, value)
+        "The numbers of the page."
+        return [('mechanism', self.mechanism), ('pool size n', self.n),
                 ('candidate subsets M', f'{self.m} ({self.design})'),
-                ('prior of membership', num(self.prior)), ('bound on I(S*; Y), nats', num(self.mi)),
-                ('booked in this run, nats', f'{num(self.mi_spent)} in {self.releases} releases'),
+                ('prior of membership', _num(self.prior)), ('bound on I(S*; Y), nats', _num(self.mi)),
+                ('booked in this run, nats', f'{_num(self.mi_spent)} in {self.releases} releases'),
                 ("attacker's success on one example, at most", _up(self.posterior_bound)),
                 ("attacker's success in naming S*, at most", f'{_up(self.subset_bound)} (prior 1/{self.m})'),
-                ('ε of (ε, 0)-DP with the same posterior success', '∞' if self.epsilon is None else num(self.epsilon))]
+                ('ε of (ε, 0)-DP with the same posterior success', '∞' if self.epsilon is None else _num(self.epsilon))]
+
+    def markdown(self)->str:
+        "The guarantee as a page of markdown."
         head = f"> **{self.stamp}**\n\n" if self.stamp else ''
         lists = [f"## {t}\n\n" + '\n'.join(f'- {x}' for x in xs) for t, xs in
                  (('What it assumes', self.assumptions), ('What it does not cover', self.not_covered)) if xs]
-        return (f"# Privacy guarantee\n\n{head}| | |\n|---|---|\n" + '\n'.join(f'| {a} | {b} |' for a, b in rows)
+        return (f"# Privacy guarantee\n\n{head}| | |\n|---|---|\n" + '\n'.join(f'| {a} | {b} |' for a, b in self.rows())
                 + f"\n\n## What this says\n\n{self.statement()}\n\n" + '\n\n'.join(lists) + '\n')
 
     def _repr_markdown_(self): return self.markdown()
 
-# %% ../nbs/02_mechanisms.ipynb #515a9742
+# %% ../nbs/02_mechanisms.ipynb #2f378db8
 class Mechanism(ABC):
     "Base: bind a design, release, account, restore."
     name, private, needs_secret = 'mechanism', True, False
@@ -490,13 +493,13 @@ class Mechanism(ABC):
         args = ', '.join(f'{k}={v!r}' for k, v in self._arguments().items())
         return f"{type(self).__name__}({args})" + (f" [{STAMP}]" if self.audited else '')
 
-# %% ../nbs/02_mechanisms.ipynb #d53a7ff4
+# %% ../nbs/02_mechanisms.ipynb #70a64ff6
 _ORIGINS = dict(none='none is drawn, for none is needed',
                 drawn="drawn uniformly from the operating system's entropy, kept in memory only",
                 loaded="drawn uniformly from the operating system's entropy, kept in a file that nobody else has read",
                 lost="drawn uniformly from the operating system's entropy, and gone with the process that held it")
 
-# %% ../nbs/02_mechanisms.ipynb #59de0c8e
+# %% ../nbs/02_mechanisms.ipynb #7a74b592
 class ZPL(Mechanism):
     "Release the sign if all candidate subsets agree, else a fair coin: I(S*; Y) = 0 exactly."
     name = 'zpl'
@@ -519,18 +522,18 @@ class ZPL(Mechanism):
             if (rel.kind == 'unanimous') != bool((s == s[0]).all()) or (rel.kind == 'unanimous' and s[0] != rel.sign):
                 raise ValueError(f"kind {rel.kind!r} and sign {rel.sign} contradict the recorded signs")
 
-# %% ../nbs/02_mechanisms.ipynb #8e9eec51
+# %% ../nbs/02_mechanisms.ipynb #505fcaa5
 def _booked(q:float, sigma:float)->float: # nats
     "Upper bound of the channel's information: its numerical error is far below the 2e-11 added."
     return binary_channel_mi(q, sigma) * (1 + 2e-11)
 
-# %% ../nbs/02_mechanisms.ipynb #ed733851
+# %% ../nbs/02_mechanisms.ipynb #6e0f8585
 def _noisy(secret:Secret, signs:np.ndarray, sigma:float, entropy, where:str)->float:
     "s + N(0, sigma²) for the secret subset's sign s, rounded to a power of two near sigma / 2^20."
     grid = math.ldexp(1.0, math.frexp(sigma)[1] - 21)
     return round((float(secret.pick(signs)) + sigma * entropy.gauss(where)) / grid) * grid
 
-# %% ../nbs/02_mechanisms.ipynb #5f7ebf16
+# %% ../nbs/02_mechanisms.ipynb #e018b328
 class MIBudget(Mechanism):
     "Release the secret subset's sign under Gaussian noise, for at most `budget` nats over the whole run."
     name, needs_secret = 'mi', True
@@ -640,7 +643,7 @@ class MIBudget(Mechanism):
         if rel.mi > allowance * (1 + 1e-9):
             raise ValueError(f"mi = {rel.mi} exceeds the schedule's {allowance} nats for this release")
 
-# %% ../nbs/02_mechanisms.ipynb #199f5e57
+# %% ../nbs/02_mechanisms.ipynb #3c092609
 SIGNALS = ('raw_full', 'quant_full', 'raw_half', 'quant_half', 'random_sign')
 
 class NonPrivate(Mechanism):
@@ -732,14 +735,14 @@ class NonPrivate(Mechanism):
         if not self.signal.startswith('raw') and rel.scalar != rel.sign:
             raise ValueError(f"scalar = {rel.scalar} is not the sign {rel.sign}")
 
-# %% ../nbs/02_mechanisms.ipynb #6675bd99
+# %% ../nbs/02_mechanisms.ipynb #99e183cf
 MECHANISMS = {'zpl': ZPL, 'mi': MIBudget, 'nonprivate': NonPrivate}
 MECHANISM_NAMES = (*MECHANISMS, 'dpzero', 'dp-aggzo')  # the last two live in `paczero.baselines`
 
 def make_mechanism(spec:dict)->Mechanism: # `spec`: what `describe()` gave, e.g. dict(name="mi", budget=.33, steps=200)
     "The mechanism that a configuration describes."
     if not isinstance(spec, dict): raise ValueError(f"a mechanism is described by a dict, not {type(spec).__name__}")
-    kw = {k: v for k, v in spec.items() if k not in ('name', 'audit')}
+    kw = {k: v for k, v in spec.items() if k not in ('name', 'audit', 'real_valued', 'booked')} # what follows from the rest
     name = spec.get('name')
     if not isinstance(name, str) or name not in MECHANISM_NAMES:
         near = difflib.get_close_matches(str(name)[:60], MECHANISM_NAMES, 1, 0)
