@@ -74,7 +74,7 @@ class Runtime:
 # %% ../nbs/08_finetune.ipynb #9b251712
 def differences(
     theta:Theta, # the trainable parameters, at θ; afterwards at θ − εz of the last direction (`update` or `restore` take it from there)
-    losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand
+    losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand (n may be 0: an empty Poisson batch)
     t:int, # step
     k:int=1, # K, directions
 ):
@@ -84,7 +84,7 @@ def differences(
         if j and theta.mode == "inplace": theta.restore(t, j - 1)
         theta.move(t, j, +1); plus = losses().double().cpu().numpy()
         theta.move(t, j, -1); minus = losses().double().cpu().numpy()
-        ghat.append((plus - minus) / (2 * theta.eps)); total += (plus.mean() + minus.mean()) / (2 * k)
+        ghat.append((plus - minus) / (2 * theta.eps)); total += (plus.sum() + minus.sum()) / (2 * k * max(1, len(plus)))
     ghat = np.stack(ghat)
     if not np.isfinite(ghat).all(): raise FloatingPointError(
         f"step {t}: {np.count_nonzero(~np.isfinite(ghat))} of {ghat.size} loss differences are not finite; nothing was released. "
@@ -239,9 +239,9 @@ def history_frame(
         d = e["diagnostics"]
         for k, r in enumerate(e["releases"]):
             agree = Release.from_record(r).sign_vector if r.get("signs") else None
-            rows.append(dict(step=e["t"], k=k, lr=d["lr"], loss=d["loss"], kind=r["kind"], released=r["scalar"], mi=r["mi"], q_plus=r["q_plus"],
+            rows.append(dict(step=e["t"], k=k, lr=d["lr"], loss=d.get("loss", math.nan), kind=r["kind"], released=r["scalar"], mi=r.get("mi", math.nan), q_plus=r.get("q_plus", math.nan),
                              share_plus=float((agree > 0).mean()) if agree is not None else math.nan, unanimous=bool(agree is not None and abs(int(agree.sum())) == len(agree)),
-                             ghat_mean=d["ghat_mean"][k], ghat_std=d["ghat_std"][k], sigma=r.get("sigma", math.nan), seconds=d["seconds"] / len(e["releases"])))
+                             ghat_mean=d["ghat_mean"][k] if "ghat_mean" in d else math.nan, ghat_std=d["ghat_std"][k] if "ghat_std" in d else math.nan, sigma=r.get("sigma", math.nan), seconds=d["seconds"] / len(e["releases"])))
     return pd.DataFrame(rows)
 
 def versions()->dict:
@@ -340,7 +340,7 @@ class _Run:
         mechanism.bind(self.design)
         self.disk = RunFolder(folder, *_describe(model, task, mechanism, config, self.design))
         self.theta = Theta(params, int(config.seed), config.zo_eps, config.restore)
-        self.best = _Best(self.theta, config.select)
+        self.best, self.clock = _Best(self.theta, config.select), 0.0
         self.cb = _Callbacks(callbacks, model, tokenizer, config, runtime, folder, self.device)
 
     @property
@@ -349,12 +349,20 @@ class _Run:
     def _step(self, t:int):
         "Perturb, look, release, write down, update."
         start = time.perf_counter()
-        ghat, loss = differences(self.theta, self.pool.losses, t, self.config.k)
+        rows = self.mechanism.batch(len(self.task.pool))           # None: the whole pool
+        ghat, loss = differences(self.theta, lambda: self.pool.losses(rows), t, self.config.k)
         releases = self.mechanism.step(ghat, clip=self.config.clip)
         lr = learning_rate(t, self.config.steps, self.config.lr, self.config.lr_schedule)
-        self.disk.write_step(t, releases, dict(loss=loss, lr=lr, ghat_mean=ghat.mean(1).tolist(), ghat_std=ghat.std(1).tolist(),
-                                               seconds=round(time.perf_counter() - start, 4)))
+        self.clock += time.perf_counter() - start
+        self.disk.write_step(t, releases, self._diagnostics(t, lr, ghat, loss))
         self.theta.update(t, coefficients(t, [r.scalar for r in releases], self.config.update))
+
+    def _diagnostics(self, t, lr, ghat, loss)->dict:
+        "What the ledger keeps of a step beside its releases. Of a secret batch: nothing, and the time only now and then, for it tells the batch's size."
+        if self.mechanism.secret_batches and (t + 1) % self.config.eval_every and t + 1 < self.config.steps: return dict(lr=lr, seconds=0.0)
+        seconds, self.clock = round(self.clock, 4), 0.0
+        if self.mechanism.secret_batches: return dict(lr=lr, seconds=seconds)
+        return dict(loss=loss, lr=lr, ghat_mean=ghat.mean(1).tolist(), ghat_std=ghat.std(1).tolist(), seconds=seconds)
 
     def resume(self)->int: # steps that were already done
         "Bring model, ledger, posterior and best weights to where the log ends."
@@ -396,10 +404,10 @@ def train(self:_Run, done:int):
 @patch
 def _logs(self:_Run)->dict:
     "What callbacks see of a step."
-    recent = [e for e in self.disk.ledger.entries[-100:] if "releases" in e]; e = recent[-1]
+    recent = [e for e in self.disk.ledger.entries[-100:] if "releases" in e]; d = recent[-1]["diagnostics"]
     recent = [r for s in recent for r in s["releases"] if r.get("signs")]
-    return dict(loss=e["diagnostics"]["loss"], learning_rate=e["diagnostics"]["lr"], mi_spent=self.mechanism.ledger.spent,
-                unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent])) if recent else math.nan)
+    logs = dict(loss=d["loss"], mi_spent=self.mechanism.ledger.spent) if "loss" in d else {}     # nothing of a secret batch
+    return logs | dict(learning_rate=d["lr"]) | (dict(unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent]))) if recent else {})
 
 # %% ../nbs/08_finetune.ipynb #b8faf1e8
 @patch
@@ -423,6 +431,12 @@ def finish(self:_Run, before:dict)->FineTuneResult:
     return FineTuneResult(model=self.model, metrics=metrics, transcript=transcript, guarantee=guarantee, history=history, evaluations=evaluations, folder=folder)
 
 @patch
+def _batch_size(self:_Run)->float:
+    "Examples a forward pass looks at: the pool, a mini-batch, or (its size being secret) the expected size of a Poisson batch."
+    n = len(self.task.pool)
+    return self.mechanism.sample_rate * n if self.mechanism.secret_batches else getattr(self.mechanism, "batch_size", None) or n
+
+@patch
 def _metrics(self:_Run, before, after, transcript, history, evaluations, guarantee)->dict:
     "What metrics.json says."
     import platform
@@ -433,9 +447,10 @@ def _metrics(self:_Run, before, after, transcript, history, evaluations, guarant
         model=transcript.header["model"]["name"], task=self.task.name, mechanism=self.mechanism.describe(), metric=self.pool.metric,
         test_before=before or None, test_after=after or None, dev_after=dev or None, best_step=self.best.step, steps=len(transcript), steps_planned=self.config.steps,
         n_pool=len(self.task.pool), n_dev=len(self.task.dev), n_test=len(self.task.test), seed=int(self.config.seed),
-        unanimity=float(history.unanimous.mean()), releases={k: int(v) for k, v in kinds.items()},
+        unanimity=float(history.unanimous.mean()) if history.share_plus.notna().any() else None, releases={k: int(v) for k, v in kinds.items()},
         mi_spent=guarantee.mi_spent, mi_bound=guarantee.mi, prior=guarantee.prior, posterior_bound=guarantee.posterior_bound, guarantee_covers=guarantee.covered, stamp=guarantee.stamp,
-        seconds=round(seconds, 2), seconds_per_step=round(seconds / max(1, len(transcript)), 4), forward_passes=2 * len(history), pool_tokens=self.pool.tokens,
+        seconds=round(seconds, 2), seconds_per_step=round(seconds / max(1, len(transcript)), 4), forward_passes=2 * len(history), examples_forwarded=round(2 * len(history) * self._batch_size()), pool_tokens=self.pool.tokens,
+        **({"epsilon_spent": guarantee.epsilon, "delta": guarantee.delta} if self.mechanism.secret_batches else {}),
         peak_memory_bytes=peak_memory(self.device), device=self.device.type, cpus=os.cpu_count(), machine=platform.machine(),
         transcript_digest=transcript.digest, weights_digest=transcript.end["weights"], versions=versions())
 
@@ -456,6 +471,7 @@ def finetune(
     steps = getattr(mechanism, "steps", config.steps)
     _check(steps == config.steps, "mechanism.steps", steps, f"the recipe's steps ({config.steps}): a budget is planned over all of them")
     _check(getattr(mechanism, "directions", config.k) == config.k, "mechanism.directions", getattr(mechanism, "directions", None), f"the recipe's k ({config.k})")
+    _check(getattr(mechanism, "clip", config.clip) == config.clip, "mechanism.clip", getattr(mechanism, "clip", None), f"the recipe's clip ({config.clip})")
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="paczero-") as tmp:
             from dataclasses import replace
