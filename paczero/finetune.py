@@ -7,7 +7,7 @@ __all__ = ['FineTuneConfig', 'Runtime', 'differences', 'config_differences', 'Ru
            'FineTuneResult', 'evaluations_frame', 'history_frame', 'versions', 'peak_memory', 'describe_model',
            'finetune', 'load_result']
 
-# %% ../nbs/08_finetune.ipynb #03de7766
+# %% ../nbs/08_finetune.ipynb #c4b07bf0
 import json, math, os, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,14 +19,14 @@ from .subsets import KINDS, SubsetDesign
 from .transcript import (FORMAT, ChainedLog, Transcript, TranscriptError, canonical, coefficients, lock_folder,
                                 take_step, weights_digest)
 
-# %% ../nbs/08_finetune.ipynb #ecb42030
+# %% ../nbs/08_finetune.ipynb #04d835e9
 def _check(ok, name, value, need):
     if not ok: raise ValueError(f"{name} must be {need}, got {value!r}")
 
 def _is_number(v, whole=False):
     return not isinstance(v, bool) and isinstance(v, (int, np.integer) if whole else (int, float, np.number)) and abs(v) <= 1.7e308
 
-# %% ../nbs/08_finetune.ipynb #8a9bf28b
+# %% ../nbs/08_finetune.ipynb #1cbb955e
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
     "What is run: all that decides, with the secret and the data, which bits come out."
@@ -70,8 +70,10 @@ class Runtime:
     logging_steps:int = 1 # steps between two calls of the callbacks' `on_log`
     test:bool = True # evaluate the test set before and after
     save_weights:bool = False # leave the fine-tuned weights (or adapter) in the run's folder
+    parallel:bool = True # share the work among the processes that torchrun or accelerate started; False: this process alone
+    patience:float = 1800. # seconds that one of several processes waits for another
 
-# %% ../nbs/08_finetune.ipynb #9b251712
+# %% ../nbs/08_finetune.ipynb #2457e004
 def differences(
     theta:Theta, # the trainable parameters, at θ; afterwards at θ − εz of the last direction (`update` or `restore` take it from there)
     losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand (n may be 0: an empty Poisson batch)
@@ -91,7 +93,7 @@ def differences(
         f"The weights have probably run away: try a smaller lr, or float32 in place of {theta.params[0].dtype}")
     return ghat, float(total)
 
-# %% ../nbs/08_finetune.ipynb #bd0f4b0e
+# %% ../nbs/08_finetune.ipynb #2894f7df
 def _write_atomically(path, text:str):
     "Write a whole file or none of it: beside it first, synced, then renamed."
     path = Path(path); part = path.with_name(path.name + ".part")
@@ -111,7 +113,7 @@ def config_differences(
         elif a != b: out.append(f"{prefix}{k}: {a!r} -> {b!r}")
     return out
 
-# %% ../nbs/08_finetune.ipynb #6e1e1b50
+# %% ../nbs/08_finetune.ipynb #79a7c334
 def _check_ledger(entries, path):
     "Refuse a ledger with a line that `finetune` does not write."
     t = 0
@@ -187,7 +189,7 @@ def released(
     "What the world sees of a step."
     return [int(r["scalar"]) if r["scalar"] in (1, -1) else r["scalar"] for r in records]
 
-# %% ../nbs/08_finetune.ipynb #f406eaa0
+# %% ../nbs/08_finetune.ipynb #f536e2cf
 def secret_file(
     folder, # the run's folder
 ):
@@ -209,12 +211,12 @@ def _hold_secret(mechanism, folder, resumed:bool):
         "What it released stays released; add its ledger to whatever you do next with this pool")
     else: mechanism.load_secret(file)
 
-# %% ../nbs/08_finetune.ipynb #bb92f48e
+# %% ../nbs/08_finetune.ipynb #ed58bad0
 @dataclass(frozen=True, kw_only=True)
 class FineTuneResult:
     "A finished run."
     model:object # the fine-tuned model (the very object that was passed in)
-    metrics:dict # scores, unanimity, spending, seconds, memory, versions
+    metrics:dict # scores, unanimity, spending, seconds, memory, versions; this and the rest is None on every process but the first of several
     transcript:Transcript # what was released
     guarantee:object # what may be said of its privacy
     history:object # DataFrame, a row for each release: what the adversary knows anyway
@@ -257,7 +259,7 @@ def peak_memory(device)->int: # bytes
     except ImportError: return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_finetune.ipynb #062f82d0
+# %% ../nbs/08_finetune.ipynb #80b70f83
 def describe_model(model)->dict:
     "The model as the transcript names it: no path of this machine, but a digest of every weight."
     from paczero.models import trainable_parameters
@@ -282,7 +284,7 @@ def _describe(model, task, mechanism, config, design):
     full = dict(shared, recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions())
     return full, dict(shared, format=FORMAT, update=config.update)
 
-# %% ../nbs/08_finetune.ipynb #c8b62129
+# %% ../nbs/08_finetune.ipynb #2dacfdaf
 class _Callbacks:
     "The `transformers` callback protocol around this loop."
     def __init__(self, callbacks, model, tokenizer, config, runtime, folder, device):
@@ -311,7 +313,7 @@ class _Callbacks:
         if self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], self.state.global_step
 
-# %% ../nbs/08_finetune.ipynb #bd7c6c80
+# %% ../nbs/08_finetune.ipynb #bee2dd22
 class _Best:
     "The step with the lowest development loss, and the weights there."
     def __init__(self, theta, select): self.theta, self.select, self.step, self.loss, self.weights = theta, select, 0, math.inf, None
@@ -326,20 +328,35 @@ class _Best:
         with torch.no_grad():
             for p, w in zip(self.theta.params, self.weights or []): p.copy_(w)
 
-# %% ../nbs/08_finetune.ipynb #4606dcb8
+# %% ../nbs/08_finetune.ipynb #ca62db42
+def _objectives(model, tokenizer, task, runtime, team=None)->dict: # "pool", "dev", "test" -> objective
+    "The task's objectives; with a team this rank's shares, and on rank 0 what brings them all together."
+    from paczero.models import trainable_parameters
+    from paczero.objectives import make_objective
+    from paczero.parallel import LeadObjective, Share
+    make = lambda part: make_objective(model, tokenizer, task, part, runtime.max_tokens)
+    parts = {k: p for k, p in dict(pool=task.pool, dev=task.dev, test=task.test if runtime.test else None).items() if p}
+    if team is None: return {k: make(p) for k, p in parts.items()}
+    lengths = lambda part: [len(ids) for ids in tokenizer([e.prompt for e in part]).input_ids]
+    mine = {k: Share(p, lengths(p), make, team.rank, team.size) for k, p in parts.items()}
+    return mine if team.rank else {k: LeadObjective(team, k, s, [p for _, p in trainable_parameters(model)]) for k, s in mine.items()}
+
 class _Run:
     "One run in progress."
-    def __init__(self, model, tokenizer, task, mechanism, config, runtime, folder, callbacks):
+    def __init__(self, model, tokenizer, task, mechanism, config, runtime, folder, callbacks, team=None):
         from paczero.models import trainable_parameters
-        from paczero.objectives import make_objective
-        self.model, self.task, self.mechanism, self.config, self.runtime = model, task, mechanism, config, runtime
+        from paczero.parallel import LeadTheta
+        self.model, self.task, self.mechanism, self.config, self.runtime, self.team = model, task, mechanism, config, runtime, team
         self.design = config.subset_design(len(task.pool))
         params = trainable_parameters(model); self.device = params[0][1].device
-        objective = lambda part: make_objective(model, tokenizer, task, part, runtime.max_tokens)
-        self.pool, self.dev, self.test = objective(task.pool), objective(task.dev), objective(task.test) if runtime.test and task.test else None
+        objectives = _objectives(model, tokenizer, task, runtime, team)
+        self.pool, self.dev, self.test = (objectives.get(k) for k in ("pool", "dev", "test"))
         mechanism.bind(self.design)
-        self.disk = RunFolder(folder, *_describe(model, task, mechanism, config, self.design))
-        self.theta = Theta(params, int(config.seed), config.zo_eps, config.restore)
+        description, header = _describe(model, task, mechanism, config, self.design)
+        if team: team.same_run(description)
+        self.disk = RunFolder(folder, description, header)
+        theta = Theta(params, int(config.seed), config.zo_eps, config.restore)
+        self.theta = LeadTheta(team, theta) if team else theta
         self.best, self.clock = _Best(self.theta, config.select), 0.0
         self.cb = _Callbacks(callbacks, model, tokenizer, config, runtime, folder, self.device)
 
@@ -374,7 +391,7 @@ class _Run:
             if t + 1 in evals: self.best.see(t + 1, evals[t + 1])
         return len(steps)
 
-# %% ../nbs/08_finetune.ipynb #1bdca571
+# %% ../nbs/08_finetune.ipynb #367aa8db
 @patch
 def evaluate_dev(self:_Run, at:int):
     "Look at the development set after `at` steps; written down, so that a resumed run need not look again."
@@ -409,12 +426,13 @@ def _logs(self:_Run)->dict:
     logs = dict(loss=d["loss"], mi_spent=self.mechanism.ledger.spent) if "loss" in d else {}     # nothing of a secret batch
     return logs | dict(learning_rate=d["lr"]) | (dict(unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent]))) if recent else {})
 
-# %% ../nbs/08_finetune.ipynb #b8faf1e8
+# %% ../nbs/08_finetune.ipynb #24fe136b
 @patch
 def finish(self:_Run, before:dict)->FineTuneResult:
     "Choose, evaluate, write everything down."
     disk, folder = self.disk, self.disk.path
     self.best.load()
+    if self.team: self.team.settle(self.model, self.theta.params)
     after = self.test.evaluate() if self.test else {}
     if not self.over: disk.transcript.append({"end": dict(best_step=self.best.step, weights=weights_digest(self.model))})
     transcript = Transcript.from_entries(disk.transcript.entries, disk.transcript.chain.digest)
@@ -454,7 +472,7 @@ def _metrics(self:_Run, before, after, transcript, history, evaluations, guarant
         peak_memory_bytes=peak_memory(self.device), device=self.device.type, cpus=os.cpu_count(), machine=platform.machine(),
         transcript_digest=transcript.digest, weights_digest=transcript.end["weights"], versions=versions())
 
-# %% ../nbs/08_finetune.ipynb #781a044d
+# %% ../nbs/08_finetune.ipynb #f310df75
 def finetune(
     model, # from `load_model`; changed in place
     tokenizer,
@@ -476,8 +494,16 @@ def finetune(
         with tempfile.TemporaryDirectory(prefix="paczero-") as tmp:
             from dataclasses import replace
             return replace(finetune(model, tokenizer, task, mechanism, config, folder=tmp, callbacks=callbacks, runtime=runtime), folder=None)
-    run = _Run(model, tokenizer, task, mechanism, config, runtime, folder, callbacks)
-    done = 0
+    from paczero.models import trainable_parameters
+    from paczero.parallel import together
+    with together(trainable_parameters(model)[0][1].device, runtime.patience, runtime.parallel) as team:
+        if team and mechanism.secret_batches: raise ValueError(f"{mechanism!r} looks at a secret batch each step, which no other process may hear of: run it in one process, or with Runtime(parallel=False)")
+        if team and team.rank: return _follow(team, model, tokenizer, task, mechanism, config, runtime)
+        return _lead(_Run(model, tokenizer, task, mechanism, config, runtime, folder, callbacks, team))
+
+def _lead(run:_Run)->FineTuneResult:
+    "From wherever the log ends to the end."
+    config, folder = run.config, run.disk.path
     try:
         before = run.before()
         done = run.resume()
@@ -491,6 +517,14 @@ def finetune(
         raise
     finally: run.disk.close()
 
+def _follow(team, model, tokenizer, task, mechanism, config, runtime)->FineTuneResult:
+    "Every rank but 0: look at a share of the examples, and follow. The mechanism is never bound here, so there is no secret here."
+    from paczero.models import trainable_parameters
+    theta = Theta(trainable_parameters(model), int(config.seed), config.zo_eps, config.restore)
+    shares = _objectives(model, tokenizer, task, runtime, team)
+    team.follow(theta, shares, model, _describe(model, task, mechanism, config, config.subset_design(len(task.pool)))[0])
+    return FineTuneResult(model=model, metrics=None, transcript=None, guarantee=None, history=None, evaluations=None)
+
 @patch
 def before(self:_Run)->dict:
     "The untouched model's test scores, measured once and written down."
@@ -500,7 +534,7 @@ def before(self:_Run)->dict:
     self.disk.ledger.append({"test_before": scores, **({"stamp": self.mechanism.guarantee().stamp} if self.mechanism.audited else {})})
     return scores
 
-# %% ../nbs/08_finetune.ipynb #29021d1b
+# %% ../nbs/08_finetune.ipynb #000cce7a
 def load_result(
     folder, # of a finished run
     model=None, # the base model: becomes the fine-tuned one by replay; None: the result comes without a model
