@@ -7,7 +7,7 @@ __all__ = ['FineTuneConfig', 'Runtime', 'differences', 'config_differences', 'Ru
            'FineTuneResult', 'evaluations_frame', 'history_frame', 'versions', 'peak_memory', 'describe_model',
            'finetune', 'load_result']
 
-# %% ../nbs/08_finetune.ipynb #c4b07bf0
+# %% ../nbs/08_finetune.ipynb #3aba94e9
 import json, math, os, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,14 +19,14 @@ from .subsets import KINDS, SubsetDesign
 from .transcript import (FORMAT, ChainedLog, Transcript, TranscriptError, canonical, coefficients, lock_folder,
                                 take_step, weights_digest)
 
-# %% ../nbs/08_finetune.ipynb #04d835e9
+# %% ../nbs/08_finetune.ipynb #249f82e0
 def _check(ok, name, value, need):
     if not ok: raise ValueError(f"{name} must be {need}, got {value!r}")
 
 def _is_number(v, whole=False):
     return not isinstance(v, bool) and isinstance(v, (int, np.integer) if whole else (int, float, np.number)) and abs(v) <= 1.7e308
 
-# %% ../nbs/08_finetune.ipynb #1cbb955e
+# %% ../nbs/08_finetune.ipynb #1dc716d7
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
     "What is run: all that decides, with the secret and the data, which bits come out."
@@ -73,7 +73,7 @@ class Runtime:
     parallel:bool = True # share the work among the processes that torchrun or accelerate started; False: this process alone
     patience:float = 1800. # seconds that one of several processes waits for another
 
-# %% ../nbs/08_finetune.ipynb #2457e004
+# %% ../nbs/08_finetune.ipynb #5f9090d9
 def differences(
     theta:Theta, # the trainable parameters, at θ; afterwards at θ − εz of the last direction (`update` or `restore` take it from there)
     losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand (n may be 0: an empty Poisson batch)
@@ -93,7 +93,7 @@ def differences(
         f"The weights have probably run away: try a smaller lr, or float32 in place of {theta.params[0].dtype}")
     return ghat, float(total)
 
-# %% ../nbs/08_finetune.ipynb #2894f7df
+# %% ../nbs/08_finetune.ipynb #9027f1f8
 def _write_atomically(path, text:str):
     "Write a whole file or none of it: beside it first, synced, then renamed."
     path = Path(path); part = path.with_name(path.name + ".part")
@@ -113,7 +113,7 @@ def config_differences(
         elif a != b: out.append(f"{prefix}{k}: {a!r} -> {b!r}")
     return out
 
-# %% ../nbs/08_finetune.ipynb #79a7c334
+# %% ../nbs/08_finetune.ipynb #4db4e5d7
 def _check_ledger(entries, path):
     "Refuse a ledger with a line that `finetune` does not write."
     t = 0
@@ -189,7 +189,7 @@ def released(
     "What the world sees of a step."
     return [int(r["scalar"]) if r["scalar"] in (1, -1) else r["scalar"] for r in records]
 
-# %% ../nbs/08_finetune.ipynb #f536e2cf
+# %% ../nbs/08_finetune.ipynb #0974e6f8
 def secret_file(
     folder, # the run's folder
 ):
@@ -211,7 +211,7 @@ def _hold_secret(mechanism, folder, resumed:bool):
         "What it released stays released; add its ledger to whatever you do next with this pool")
     else: mechanism.load_secret(file)
 
-# %% ../nbs/08_finetune.ipynb #ed58bad0
+# %% ../nbs/08_finetune.ipynb #62545616
 @dataclass(frozen=True, kw_only=True)
 class FineTuneResult:
     "A finished run."
@@ -259,7 +259,7 @@ def peak_memory(device)->int: # bytes
     except ImportError: return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_finetune.ipynb #80b70f83
+# %% ../nbs/08_finetune.ipynb #aa1bdea5
 def describe_model(model)->dict:
     "The model as the transcript names it: no path of this machine, but a digest of every weight."
     from paczero.models import trainable_parameters
@@ -284,7 +284,7 @@ def _describe(model, task, mechanism, config, design):
     full = dict(shared, recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions())
     return full, dict(shared, format=FORMAT, update=config.update)
 
-# %% ../nbs/08_finetune.ipynb #2dacfdaf
+# %% ../nbs/08_finetune.ipynb #0b569b7e
 class _Callbacks:
     "The `transformers` callback protocol around this loop."
     def __init__(self, callbacks, model, tokenizer, config, runtime, folder, device):
@@ -313,7 +313,7 @@ class _Callbacks:
         if self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], self.state.global_step
 
-# %% ../nbs/08_finetune.ipynb #bee2dd22
+# %% ../nbs/08_finetune.ipynb #af4c0d62
 class _Best:
     "The step with the lowest development loss, and the weights there."
     def __init__(self, theta, select): self.theta, self.select, self.step, self.loss, self.weights = theta, select, 0, math.inf, None
@@ -328,7 +328,7 @@ class _Best:
         with torch.no_grad():
             for p, w in zip(self.theta.params, self.weights or []): p.copy_(w)
 
-# %% ../nbs/08_finetune.ipynb #ca62db42
+# %% ../nbs/08_finetune.ipynb #1104fefe
 def _objectives(model, tokenizer, task, runtime, team=None)->dict: # "pool", "dev", "test" -> objective
     "The task's objectives; with a team this rank's shares, and on rank 0 what brings them all together."
     from paczero.models import trainable_parameters
@@ -391,7 +391,7 @@ class _Run:
             if t + 1 in evals: self.best.see(t + 1, evals[t + 1])
         return len(steps)
 
-# %% ../nbs/08_finetune.ipynb #367aa8db
+# %% ../nbs/08_finetune.ipynb #86db53ea
 @patch
 def evaluate_dev(self:_Run, at:int):
     "Look at the development set after `at` steps; written down, so that a resumed run need not look again."
@@ -426,7 +426,7 @@ def _logs(self:_Run)->dict:
     logs = dict(loss=d["loss"], mi_spent=self.mechanism.ledger.spent) if "loss" in d else {}     # nothing of a secret batch
     return logs | dict(learning_rate=d["lr"]) | (dict(unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent]))) if recent else {})
 
-# %% ../nbs/08_finetune.ipynb #24fe136b
+# %% ../nbs/08_finetune.ipynb #96d8324c
 @patch
 def finish(self:_Run, before:dict)->FineTuneResult:
     "Choose, evaluate, write everything down."
@@ -472,7 +472,7 @@ def _metrics(self:_Run, before, after, transcript, history, evaluations, guarant
         peak_memory_bytes=peak_memory(self.device), device=self.device.type, cpus=os.cpu_count(), machine=platform.machine(),
         transcript_digest=transcript.digest, weights_digest=transcript.end["weights"], versions=versions())
 
-# %% ../nbs/08_finetune.ipynb #f310df75
+# %% ../nbs/08_finetune.ipynb #3da5edc5
 def finetune(
     model, # from `load_model`; changed in place
     tokenizer,
@@ -534,7 +534,7 @@ def before(self:_Run)->dict:
     self.disk.ledger.append({"test_before": scores, **({"stamp": self.mechanism.guarantee().stamp} if self.mechanism.audited else {})})
     return scores
 
-# %% ../nbs/08_finetune.ipynb #000cce7a
+# %% ../nbs/08_finetune.ipynb #37fb718d
 def load_result(
     folder, # of a finished run
     model=None, # the base model: becomes the fine-tuned one by replay; None: the result comes without a model
