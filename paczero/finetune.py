@@ -7,7 +7,7 @@ __all__ = ['FineTuneConfig', 'Runtime', 'differences', 'config_differences', 'Ru
            'FineTuneResult', 'evaluations_frame', 'history_frame', 'versions', 'peak_memory', 'describe_model',
            'finetune', 'load_result']
 
-# %% ../nbs/08_finetune.ipynb #03de7766
+# %% ../nbs/08_finetune.ipynb #3aba94e9
 import json, math, os, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,14 +19,14 @@ from .subsets import KINDS, SubsetDesign
 from .transcript import (FORMAT, ChainedLog, Transcript, TranscriptError, canonical, coefficients, lock_folder,
                                 take_step, weights_digest)
 
-# %% ../nbs/08_finetune.ipynb #ecb42030
+# %% ../nbs/08_finetune.ipynb #249f82e0
 def _check(ok, name, value, need):
     if not ok: raise ValueError(f"{name} must be {need}, got {value!r}")
 
 def _is_number(v, whole=False):
     return not isinstance(v, bool) and isinstance(v, (int, np.integer) if whole else (int, float, np.number)) and abs(v) <= 1.7e308
 
-# %% ../nbs/08_finetune.ipynb #8a9bf28b
+# %% ../nbs/08_finetune.ipynb #1dc716d7
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
     "What is run: all that decides, with the secret and the data, which bits come out."
@@ -70,11 +70,13 @@ class Runtime:
     logging_steps:int = 1 # steps between two calls of the callbacks' `on_log`
     test:bool = True # evaluate the test set before and after
     save_weights:bool = False # leave the fine-tuned weights (or adapter) in the run's folder
+    parallel:bool = True # share the work among the processes that torchrun or accelerate started; False: this process alone
+    patience:float = 1800. # seconds that one of several processes waits for another
 
-# %% ../nbs/08_finetune.ipynb #9b251712
+# %% ../nbs/08_finetune.ipynb #5f9090d9
 def differences(
     theta:Theta, # the trainable parameters, at θ; afterwards at θ − εz of the last direction (`update` or `restore` take it from there)
-    losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand
+    losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand (n may be 0: an empty Poisson batch)
     t:int, # step
     k:int=1, # K, directions
 ):
@@ -84,14 +86,14 @@ def differences(
         if j and theta.mode == "inplace": theta.restore(t, j - 1)
         theta.move(t, j, +1); plus = losses().double().cpu().numpy()
         theta.move(t, j, -1); minus = losses().double().cpu().numpy()
-        ghat.append((plus - minus) / (2 * theta.eps)); total += (plus.mean() + minus.mean()) / (2 * k)
+        ghat.append((plus - minus) / (2 * theta.eps)); total += (plus.sum() + minus.sum()) / (2 * k * max(1, len(plus)))
     ghat = np.stack(ghat)
     if not np.isfinite(ghat).all(): raise FloatingPointError(
         f"step {t}: {np.count_nonzero(~np.isfinite(ghat))} of {ghat.size} loss differences are not finite; nothing was released. "
         f"The weights have probably run away: try a smaller lr, or float32 in place of {theta.params[0].dtype}")
     return ghat, float(total)
 
-# %% ../nbs/08_finetune.ipynb #bd0f4b0e
+# %% ../nbs/08_finetune.ipynb #9027f1f8
 def _write_atomically(path, text:str):
     "Write a whole file or none of it: beside it first, synced, then renamed."
     path = Path(path); part = path.with_name(path.name + ".part")
@@ -111,7 +113,7 @@ def config_differences(
         elif a != b: out.append(f"{prefix}{k}: {a!r} -> {b!r}")
     return out
 
-# %% ../nbs/08_finetune.ipynb #6e1e1b50
+# %% ../nbs/08_finetune.ipynb #4db4e5d7
 def _check_ledger(entries, path):
     "Refuse a ledger with a line that `finetune` does not write."
     t = 0
@@ -187,7 +189,7 @@ def released(
     "What the world sees of a step."
     return [int(r["scalar"]) if r["scalar"] in (1, -1) else r["scalar"] for r in records]
 
-# %% ../nbs/08_finetune.ipynb #f406eaa0
+# %% ../nbs/08_finetune.ipynb #0974e6f8
 def secret_file(
     folder, # the run's folder
 ):
@@ -209,12 +211,12 @@ def _hold_secret(mechanism, folder, resumed:bool):
         "What it released stays released; add its ledger to whatever you do next with this pool")
     else: mechanism.load_secret(file)
 
-# %% ../nbs/08_finetune.ipynb #bb92f48e
+# %% ../nbs/08_finetune.ipynb #62545616
 @dataclass(frozen=True, kw_only=True)
 class FineTuneResult:
     "A finished run."
     model:object # the fine-tuned model (the very object that was passed in)
-    metrics:dict # scores, unanimity, spending, seconds, memory, versions
+    metrics:dict # scores, unanimity, spending, seconds, memory, versions; this and the rest is None on every process but the first of several
     transcript:Transcript # what was released
     guarantee:object # what may be said of its privacy
     history:object # DataFrame, a row for each release: what the adversary knows anyway
@@ -239,9 +241,9 @@ def history_frame(
         d = e["diagnostics"]
         for k, r in enumerate(e["releases"]):
             agree = Release.from_record(r).sign_vector if r.get("signs") else None
-            rows.append(dict(step=e["t"], k=k, lr=d["lr"], loss=d["loss"], kind=r["kind"], released=r["scalar"], mi=r["mi"], q_plus=r["q_plus"],
+            rows.append(dict(step=e["t"], k=k, lr=d["lr"], loss=d.get("loss", math.nan), kind=r["kind"], released=r["scalar"], mi=r.get("mi", math.nan), q_plus=r.get("q_plus", math.nan),
                              share_plus=float((agree > 0).mean()) if agree is not None else math.nan, unanimous=bool(agree is not None and abs(int(agree.sum())) == len(agree)),
-                             ghat_mean=d["ghat_mean"][k], ghat_std=d["ghat_std"][k], sigma=r.get("sigma", math.nan), seconds=d["seconds"] / len(e["releases"])))
+                             ghat_mean=d["ghat_mean"][k] if "ghat_mean" in d else math.nan, ghat_std=d["ghat_std"][k] if "ghat_std" in d else math.nan, sigma=r.get("sigma", math.nan), seconds=d["seconds"] / len(e["releases"])))
     return pd.DataFrame(rows)
 
 def versions()->dict:
@@ -257,7 +259,7 @@ def peak_memory(device)->int: # bytes
     except ImportError: return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_finetune.ipynb #062f82d0
+# %% ../nbs/08_finetune.ipynb #aa1bdea5
 def describe_model(model)->dict:
     "The model as the transcript names it: no path of this machine, but a digest of every weight."
     from paczero.models import trainable_parameters
@@ -282,7 +284,7 @@ def _describe(model, task, mechanism, config, design):
     full = dict(shared, recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions())
     return full, dict(shared, format=FORMAT, update=config.update)
 
-# %% ../nbs/08_finetune.ipynb #c8b62129
+# %% ../nbs/08_finetune.ipynb #0b569b7e
 class _Callbacks:
     "The `transformers` callback protocol around this loop."
     def __init__(self, callbacks, model, tokenizer, config, runtime, folder, device):
@@ -311,7 +313,7 @@ class _Callbacks:
         if self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], self.state.global_step
 
-# %% ../nbs/08_finetune.ipynb #bd7c6c80
+# %% ../nbs/08_finetune.ipynb #af4c0d62
 class _Best:
     "The step with the lowest development loss, and the weights there."
     def __init__(self, theta, select): self.theta, self.select, self.step, self.loss, self.weights = theta, select, 0, math.inf, None
@@ -326,21 +328,36 @@ class _Best:
         with torch.no_grad():
             for p, w in zip(self.theta.params, self.weights or []): p.copy_(w)
 
-# %% ../nbs/08_finetune.ipynb #4606dcb8
+# %% ../nbs/08_finetune.ipynb #1104fefe
+def _objectives(model, tokenizer, task, runtime, team=None)->dict: # "pool", "dev", "test" -> objective
+    "The task's objectives; with a team this rank's shares, and on rank 0 what brings them all together."
+    from paczero.models import trainable_parameters
+    from paczero.objectives import make_objective
+    from paczero.parallel import LeadObjective, Share
+    make = lambda part: make_objective(model, tokenizer, task, part, runtime.max_tokens)
+    parts = {k: p for k, p in dict(pool=task.pool, dev=task.dev, test=task.test if runtime.test else None).items() if p}
+    if team is None: return {k: make(p) for k, p in parts.items()}
+    lengths = lambda part: [len(ids) for ids in tokenizer([e.prompt for e in part]).input_ids]
+    mine = {k: Share(p, lengths(p), make, team.rank, team.size) for k, p in parts.items()}
+    return mine if team.rank else {k: LeadObjective(team, k, s, [p for _, p in trainable_parameters(model)]) for k, s in mine.items()}
+
 class _Run:
     "One run in progress."
-    def __init__(self, model, tokenizer, task, mechanism, config, runtime, folder, callbacks):
+    def __init__(self, model, tokenizer, task, mechanism, config, runtime, folder, callbacks, team=None):
         from paczero.models import trainable_parameters
-        from paczero.objectives import make_objective
-        self.model, self.task, self.mechanism, self.config, self.runtime = model, task, mechanism, config, runtime
+        from paczero.parallel import LeadTheta
+        self.model, self.task, self.mechanism, self.config, self.runtime, self.team = model, task, mechanism, config, runtime, team
         self.design = config.subset_design(len(task.pool))
         params = trainable_parameters(model); self.device = params[0][1].device
-        objective = lambda part: make_objective(model, tokenizer, task, part, runtime.max_tokens)
-        self.pool, self.dev, self.test = objective(task.pool), objective(task.dev), objective(task.test) if runtime.test and task.test else None
+        objectives = _objectives(model, tokenizer, task, runtime, team)
+        self.pool, self.dev, self.test = (objectives.get(k) for k in ("pool", "dev", "test"))
         mechanism.bind(self.design)
-        self.disk = RunFolder(folder, *_describe(model, task, mechanism, config, self.design))
-        self.theta = Theta(params, int(config.seed), config.zo_eps, config.restore)
-        self.best = _Best(self.theta, config.select)
+        description, header = _describe(model, task, mechanism, config, self.design)
+        if team: team.same_run(description)
+        self.disk = RunFolder(folder, description, header)
+        theta = Theta(params, int(config.seed), config.zo_eps, config.restore)
+        self.theta = LeadTheta(team, theta) if team else theta
+        self.best, self.clock = _Best(self.theta, config.select), 0.0
         self.cb = _Callbacks(callbacks, model, tokenizer, config, runtime, folder, self.device)
 
     @property
@@ -349,12 +366,20 @@ class _Run:
     def _step(self, t:int):
         "Perturb, look, release, write down, update."
         start = time.perf_counter()
-        ghat, loss = differences(self.theta, self.pool.losses, t, self.config.k)
+        rows = self.mechanism.batch(len(self.task.pool))           # None: the whole pool
+        ghat, loss = differences(self.theta, lambda: self.pool.losses(rows), t, self.config.k)
         releases = self.mechanism.step(ghat, clip=self.config.clip)
         lr = learning_rate(t, self.config.steps, self.config.lr, self.config.lr_schedule)
-        self.disk.write_step(t, releases, dict(loss=loss, lr=lr, ghat_mean=ghat.mean(1).tolist(), ghat_std=ghat.std(1).tolist(),
-                                               seconds=round(time.perf_counter() - start, 4)))
+        self.clock += time.perf_counter() - start
+        self.disk.write_step(t, releases, self._diagnostics(t, lr, ghat, loss))
         self.theta.update(t, coefficients(t, [r.scalar for r in releases], self.config.update))
+
+    def _diagnostics(self, t, lr, ghat, loss)->dict:
+        "What the ledger keeps of a step beside its releases. Of a secret batch: nothing, and the time only now and then, for it tells the batch's size."
+        if self.mechanism.secret_batches and (t + 1) % self.config.eval_every and t + 1 < self.config.steps: return dict(lr=lr, seconds=0.0)
+        seconds, self.clock = round(self.clock, 4), 0.0
+        if self.mechanism.secret_batches: return dict(lr=lr, seconds=seconds)
+        return dict(loss=loss, lr=lr, ghat_mean=ghat.mean(1).tolist(), ghat_std=ghat.std(1).tolist(), seconds=seconds)
 
     def resume(self)->int: # steps that were already done
         "Bring model, ledger, posterior and best weights to where the log ends."
@@ -366,7 +391,7 @@ class _Run:
             if t + 1 in evals: self.best.see(t + 1, evals[t + 1])
         return len(steps)
 
-# %% ../nbs/08_finetune.ipynb #1bdca571
+# %% ../nbs/08_finetune.ipynb #86db53ea
 @patch
 def evaluate_dev(self:_Run, at:int):
     "Look at the development set after `at` steps; written down, so that a resumed run need not look again."
@@ -396,17 +421,18 @@ def train(self:_Run, done:int):
 @patch
 def _logs(self:_Run)->dict:
     "What callbacks see of a step."
-    recent = [e for e in self.disk.ledger.entries[-100:] if "releases" in e]; e = recent[-1]
+    recent = [e for e in self.disk.ledger.entries[-100:] if "releases" in e]; d = recent[-1]["diagnostics"]
     recent = [r for s in recent for r in s["releases"] if r.get("signs")]
-    return dict(loss=e["diagnostics"]["loss"], learning_rate=e["diagnostics"]["lr"], mi_spent=self.mechanism.ledger.spent,
-                unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent])) if recent else math.nan)
+    logs = dict(loss=d["loss"], mi_spent=self.mechanism.ledger.spent) if "loss" in d else {}     # nothing of a secret batch
+    return logs | dict(learning_rate=d["lr"]) | (dict(unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent]))) if recent else {})
 
-# %% ../nbs/08_finetune.ipynb #b8faf1e8
+# %% ../nbs/08_finetune.ipynb #96d8324c
 @patch
 def finish(self:_Run, before:dict)->FineTuneResult:
     "Choose, evaluate, write everything down."
     disk, folder = self.disk, self.disk.path
     self.best.load()
+    if self.team: self.team.settle(self.model, self.theta.params)
     after = self.test.evaluate() if self.test else {}
     if not self.over: disk.transcript.append({"end": dict(best_step=self.best.step, weights=weights_digest(self.model))})
     transcript = Transcript.from_entries(disk.transcript.entries, disk.transcript.chain.digest)
@@ -423,6 +449,12 @@ def finish(self:_Run, before:dict)->FineTuneResult:
     return FineTuneResult(model=self.model, metrics=metrics, transcript=transcript, guarantee=guarantee, history=history, evaluations=evaluations, folder=folder)
 
 @patch
+def _batch_size(self:_Run)->float:
+    "Examples a forward pass looks at: the pool, a mini-batch, or (its size being secret) the expected size of a Poisson batch."
+    n = len(self.task.pool)
+    return self.mechanism.sample_rate * n if self.mechanism.secret_batches else getattr(self.mechanism, "batch_size", None) or n
+
+@patch
 def _metrics(self:_Run, before, after, transcript, history, evaluations, guarantee)->dict:
     "What metrics.json says."
     import platform
@@ -433,13 +465,14 @@ def _metrics(self:_Run, before, after, transcript, history, evaluations, guarant
         model=transcript.header["model"]["name"], task=self.task.name, mechanism=self.mechanism.describe(), metric=self.pool.metric,
         test_before=before or None, test_after=after or None, dev_after=dev or None, best_step=self.best.step, steps=len(transcript), steps_planned=self.config.steps,
         n_pool=len(self.task.pool), n_dev=len(self.task.dev), n_test=len(self.task.test), seed=int(self.config.seed),
-        unanimity=float(history.unanimous.mean()), releases={k: int(v) for k, v in kinds.items()},
+        unanimity=float(history.unanimous.mean()) if history.share_plus.notna().any() else None, releases={k: int(v) for k, v in kinds.items()},
         mi_spent=guarantee.mi_spent, mi_bound=guarantee.mi, prior=guarantee.prior, posterior_bound=guarantee.posterior_bound, guarantee_covers=guarantee.covered, stamp=guarantee.stamp,
-        seconds=round(seconds, 2), seconds_per_step=round(seconds / max(1, len(transcript)), 4), forward_passes=2 * len(history), pool_tokens=self.pool.tokens,
+        seconds=round(seconds, 2), seconds_per_step=round(seconds / max(1, len(transcript)), 4), forward_passes=2 * len(history), examples_forwarded=round(2 * len(history) * self._batch_size()), pool_tokens=self.pool.tokens,
+        **({"epsilon_spent": guarantee.epsilon, "delta": guarantee.delta} if self.mechanism.secret_batches else {}),
         peak_memory_bytes=peak_memory(self.device), device=self.device.type, cpus=os.cpu_count(), machine=platform.machine(),
         transcript_digest=transcript.digest, weights_digest=transcript.end["weights"], versions=versions())
 
-# %% ../nbs/08_finetune.ipynb #781a044d
+# %% ../nbs/08_finetune.ipynb #3da5edc5
 def finetune(
     model, # from `load_model`; changed in place
     tokenizer,
@@ -456,12 +489,21 @@ def finetune(
     steps = getattr(mechanism, "steps", config.steps)
     _check(steps == config.steps, "mechanism.steps", steps, f"the recipe's steps ({config.steps}): a budget is planned over all of them")
     _check(getattr(mechanism, "directions", config.k) == config.k, "mechanism.directions", getattr(mechanism, "directions", None), f"the recipe's k ({config.k})")
+    _check(getattr(mechanism, "clip", config.clip) == config.clip, "mechanism.clip", getattr(mechanism, "clip", None), f"the recipe's clip ({config.clip})")
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="paczero-") as tmp:
             from dataclasses import replace
             return replace(finetune(model, tokenizer, task, mechanism, config, folder=tmp, callbacks=callbacks, runtime=runtime), folder=None)
-    run = _Run(model, tokenizer, task, mechanism, config, runtime, folder, callbacks)
-    done = 0
+    from paczero.models import trainable_parameters
+    from paczero.parallel import together
+    with together(trainable_parameters(model)[0][1].device, runtime.patience, runtime.parallel) as team:
+        if team and mechanism.secret_batches: raise ValueError(f"{mechanism!r} looks at a secret batch each step, which no other process may hear of: run it in one process, or with Runtime(parallel=False)")
+        if team and team.rank: return _follow(team, model, tokenizer, task, mechanism, config, runtime)
+        return _lead(_Run(model, tokenizer, task, mechanism, config, runtime, folder, callbacks, team))
+
+def _lead(run:_Run)->FineTuneResult:
+    "From wherever the log ends to the end."
+    config, folder = run.config, run.disk.path
     try:
         before = run.before()
         done = run.resume()
@@ -475,6 +517,14 @@ def finetune(
         raise
     finally: run.disk.close()
 
+def _follow(team, model, tokenizer, task, mechanism, config, runtime)->FineTuneResult:
+    "Every rank but 0: look at a share of the examples, and follow. The mechanism is never bound here, so there is no secret here."
+    from paczero.models import trainable_parameters
+    theta = Theta(trainable_parameters(model), int(config.seed), config.zo_eps, config.restore)
+    shares = _objectives(model, tokenizer, task, runtime, team)
+    team.follow(theta, shares, model, _describe(model, task, mechanism, config, config.subset_design(len(task.pool)))[0])
+    return FineTuneResult(model=model, metrics=None, transcript=None, guarantee=None, history=None, evaluations=None)
+
 @patch
 def before(self:_Run)->dict:
     "The untouched model's test scores, measured once and written down."
@@ -484,7 +534,7 @@ def before(self:_Run)->dict:
     self.disk.ledger.append({"test_before": scores, **({"stamp": self.mechanism.guarantee().stamp} if self.mechanism.audited else {})})
     return scores
 
-# %% ../nbs/08_finetune.ipynb #29021d1b
+# %% ../nbs/08_finetune.ipynb #37fb718d
 def load_result(
     folder, # of a finished run
     model=None, # the base model: becomes the fine-tuned one by replay; None: the result comes without a model
