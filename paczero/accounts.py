@@ -56,9 +56,9 @@ def _read_run(folder):
     if told is not None and (list(map(list, told.releases)) != [[r["scalar"] for r in e["releases"]] for e in steps][:len(told)] or len(steps) - len(told) not in ((0,) if finished else (0, 1))):
         raise TranscriptError("transcript and ledger do not tell the same story")
     devs = [e["dev"].get("loss") for e in entries if isinstance(e.get("dev"), dict) and e.get("at")]
-    bound = min(g.mi, math.log(g.m)) if g.covered else math.inf
+    bound = min(g.mi, math.log(g.m)) if g.covered and g.mi is not None else math.inf      # (ε, δ) is no number of nats
     return row | dict(status="finished" if finished else "unfinished", mechanism=g.mechanism, covered=g.covered, stamp=g.stamp, m=g.m, prior=max(g.prior, 1 - g.prior), releases=g.releases,
-                      booked=float(g.mi_spent), bound=bound if steps else 0.0, dev_loss=min((x for x in devs if isinstance(x, (int, float))), default=math.nan), digest=chain.digest)
+                      booked=float(g.mi_spent or 0), bound=bound if steps else 0.0, dev_loss=min((x for x in devs if isinstance(x, (int, float))), default=math.nan), digest=chain.digest)
 
 # %% ../nbs/08b_accounts.ipynb #5a56404d
 COLUMNS = ("run", "pool", "task", "source", "status", "mechanism", "releases", "booked", "bound", "counted", "dev_loss", "note")
@@ -84,6 +84,7 @@ def _row(folder, name, kept, seen):
     r |= dict(run=name, counted=r["bound"], note="")
     if r["releases"] and twin != name: r |= dict(counted=0.0, note=f"the same ledger as {twin}: counted once")
     elif not r["covered"] and any(fnmatch.fnmatch(name, k) for k in kept): r |= dict(counted=0.0, note="not private; not counted, on its owner's word that it was kept and nothing was chosen by it")
+    elif r["covered"] and r["bound"] == math.inf: r["note"] = "differentially private: its ε and δ are not nats about a subset, and are not added up here"
     elif not r["covered"]: r["note"] = "its secret was fixed for an audit" if r["stamp"] else "not private"
     elif r["status"] == "unfinished": r["note"] = "unfinished: counts whole, for it may go on"
     return r

@@ -15,7 +15,7 @@ from .finetune import _check
 from .paper import Recipe
 
 # %% ../nbs/13_experiment.ipynb #4b5677aa
-PARAMETERS = ("model", "task", "track", "mechanism", "budget", "mi_schedule", "signal", "k", "lora_rank", "lr", "lr_schedule", "clip", "steps", "m", "design", "r",
+PARAMETERS = ("model", "task", "track", "mechanism", "budget", "mi_schedule", "signal", "batch_size", "dp_epsilon", "dp_delta", "sample_rate", "k", "lora_rank", "lr", "lr_schedule", "clip", "steps", "m", "design", "r",
               "seed", "n_train", "n_dev", "n_eval", "zo_eps", "eval_every", "restore", "dtype")
 
 def choose_recipe(
@@ -46,9 +46,10 @@ def choose_recipe(
 def _consistent(base, given):
     "A cell with its mechanism or track changed: fields of the old one go, fields of the new one get their defaults."
     out = dict(given)
-    if given.get("mechanism", base.mechanism) != base.mechanism:
-        out = dict(budget=None, mi_schedule=None, signal=None) | {"mi": dict(budget=0.33, mi_schedule="adaptive"), "nonprivate": dict(signal="raw_full"), "zpl": {}}[given["mechanism"]] | out \
-            if given["mechanism"] in paper.MECHANISM_NAMES else out
+    if given.get("mechanism", base.mechanism) != base.mechanism and given["mechanism"] in paper.MECHANISM_NAMES:
+        none = dict.fromkeys(("budget", "mi_schedule", "signal", "batch_size", "dp_epsilon", "dp_delta", "sample_rate")) | dict(m=base.m or 126)
+        dp = dict(dp_epsilon=2.0, dp_delta=1e-5, sample_rate=0.064, m=None)
+        out = none | {"mi": dict(budget=0.33, mi_schedule="adaptive"), "nonprivate": dict(signal="raw_full"), "zpl": {}, "dpzero": dp | dict(k=1), "dp-aggzo": dp}[given["mechanism"]] | out
     if given.get("track", base.track) != base.track:
         out = (dict(lora_rank=8, lora_alpha=16) if given["track"] == "lora" else dict(lora_rank=None, lora_alpha=None)) | out
     return out
@@ -133,10 +134,11 @@ def reference_recipe(
     recipe:Recipe,
     wanted=None, # True, False; None: only for the embedded model, where it costs a minute
 )->Recipe: # or None
-    "Non-private MeZO with the same data, model and number of steps, and its own learning rate."
+    "Non-private MeZO with the same data, model and number of steps (its own beside differentially private runs), and its own learning rate."
     if wanted is None: wanted = recipe.model == "tiny-opt"
     if not wanted or recipe.mechanism == "nonprivate": return None
     own = paper.recipe_for(recipe.model, recipe.task, recipe.track, "nonprivate")
+    if recipe.mechanism in paper.DP_NAMES: return replace(own, **{f: getattr(recipe, f) for f in ("seed", "n_train", "n_dev", "n_eval", "zo_eps", "restore", "dtype")})  # its steps are of another kind
     return replace(recipe, mechanism="nonprivate", signal="raw_full", budget=None, mi_schedule=None, lr=own.lr, clip=own.clip, source=own.source)
 
 # %% ../nbs/13_experiment.ipynb #a5e7a1fb
@@ -160,7 +162,7 @@ def release_summary(
     import pandas as pd
     m, file = result.metrics, Path(result.folder)/"transcript.jsonl"
     kinds = ", ".join(f"{n} {k}" for k, n in m["releases"].items())
-    rows = {"releases": f"{sum(m['releases'].values())} ({kinds})", "spent": f"{m['mi_spent']:g} nats", "posterior of a membership attack": f"at most {m['posterior_bound']:.4g} (prior {m['prior']:g})" if m["guarantee_covers"] else "no bound: not private",
+    rows = {"releases": f"{sum(m['releases'].values())} ({kinds})", "spent": f"ε = {m['epsilon_spent']:.4g} at δ = {m['delta']:g}" if m.get("epsilon_spent") else "–" if m["mi_spent"] is None else f"{m['mi_spent']:g} nats", "posterior of a membership attack": f"at most {m['posterior_bound']:.4g} (prior {m['prior']:g})" if m["guarantee_covers"] else "no bound: not private",
             "transcript": f"{file.stat().st_size:,} bytes", "digest": m["transcript_digest"][:32] + "…", "best step": f"{m['best_step']} of {m['steps']}",
             "time": f"{m['seconds']:.0f} s for the steps, {m['seconds_per_step']:.3f} s each", "peak memory": f"{m['peak_memory_bytes'] / 2**20:,.0f} MiB"}
     return pd.Series(rows).to_frame("released")

@@ -10,16 +10,18 @@ __all__ = ['COLOURS', 'LABELS', 'method_label', 'style', 'save_figure', 'plot_ru
 from pathlib import Path
 
 # %% ../nbs/12_figures.ipynb #88726644
-COLOURS = {"zpl": "#0072B2", "mi": "#009E73", "nonprivate": "#D55E00", "before": "#8C8C8C"}
+COLOURS = {"zpl": "#0072B2", "mi": "#009E73", "nonprivate": "#D55E00", "dpzero": "#CC79A7", "dp-aggzo": "#E69F00", "before": "#8C8C8C"}
 LABELS = {"zpl": "PACZero-ZPL (I = 0)", "mi": "PACZero-MI", "raw_full": "MeZO (non-private)", "quant_full": "sign of the pool mean (non-private)",
-          "raw_half": "secret subset's mean (non-private)", "quant_half": "its sign (non-private)", "random_sign": "random signs (control)"}
+          "dpzero": "DPZero", "dp-aggzo": "DP-AggZO", "raw_half": "secret subset's mean (non-private)", "quant_half": "its sign (non-private)", "random_sign": "random signs (control)"}
 
 def method_label(
     mechanism:dict, # as in metrics.json
 )->str:
     "A mechanism's name in a legend."
     text = LABELS[mechanism.get("signal") or mechanism["name"]]
-    return f"{text}, {mechanism['budget']:g} nats" if mechanism["name"] == "mi" else text
+    for field, words in (("budget", ", {:g} nats"), ("epsilon", " (ε = {:g})"), ("batch", ", batches of {}")):
+        if field in mechanism: text += words.format(mechanism[field])
+    return text
 
 def style():
     "The look of every figure."
@@ -58,7 +60,10 @@ def plot_run(
         colour = COLOURS[spec["name"]]
         a.plot(h.step, h.loss, color=colour, lw=1, alpha=.35)
         a.plot(ev.step, ev.loss, "o-" if main else "s--", color=colour, ms=4, label=f"{method_label(spec)}")
-        if main:
+        if main and not r.history.share_plus.notna().any():      # no candidate subsets: differentially private, or a mini-batch
+            b.plot(r.history.step, r.history.released, ".", color=colour, ms=2, alpha=.5)
+            b.set(title="The numbers that were released", xlabel="step", ylabel="released")
+        elif main:
             share = h.unanimous.rolling(window, min_periods=min(window, 5)).mean() * 100
             b.plot(h.step, share, color=colour); b.fill_between(h.step, share, color=colour, alpha=.12)
             b.set(title=f"All M subsets agreed on the sign at {100 * h.unanimous.mean():.0f} % of the steps", ylim=(0, 103), xlabel="step", ylabel=f"unanimous, last {window} steps (%)")
@@ -124,7 +129,8 @@ def collect(
         try:
             m = json.loads(file.read_text(encoding="utf-8"))
             rows.append(dict(model=m["model"], task=m["task"], method=method_label(m["mechanism"]), seed=m["seed"], steps=m["steps"], metric=m["metric"], before=m["test_before"][m["metric"]],
-                             after=m["test_after"][m["metric"]], unanimity=m["unanimity"], mi_spent=m["mi_spent"], covered=m["guarantee_covers"], n_test=m["n_test"], seconds=m["seconds"], run=file.parent.as_posix()))
+                             after=m["test_after"][m["metric"]], unanimity=float("nan") if m["unanimity"] is None else m["unanimity"], mi_spent=float("nan") if m["mi_spent"] is None else m["mi_spent"],
+                             epsilon=m.get("epsilon_spent", float("nan")), posterior=m["posterior_bound"], examples=m.get("examples_forwarded", float("nan")), covered=m["guarantee_covers"], n_test=m["n_test"], seconds=m["seconds"], run=file.parent.as_posix()))
         except (ValueError, KeyError, TypeError, AttributeError) as e: unreadable[file.as_posix()] = f"{type(e).__name__}: {str(e)[:80]}"
     return pd.DataFrame(rows), unreadable
 
@@ -134,10 +140,11 @@ def summarise(
     "Mean ± standard deviation over seeds, in percent, with the number of seeds (a DataFrame, one row a method)."
     import pandas as pd
     spread = lambda x: f"{100 * x.mean():.1f} ± {100 * x.std(ddof=1):.1f}" if len(x) > 1 else f"{100 * x.mean():.1f}"
+    cost = lambda g: "not private" if not g.covered.all() else f"– (ε = {g.epsilon.max():.3g})" if "epsilon" in g and g.epsilon.notna().any() else f"{g.mi_spent.max():g}"
     rows = []
     for (model, task, method, steps), g in runs.groupby(["model", "task", "method", "steps"], sort=False):
         rows.append({"model": model, "task": task, "method": method, "steps": steps, "seeds": g.seed.nunique(), "before (%)": spread(g.before), "after (%)": spread(g.after),
-                     "unanimous (%)": spread(g.unanimity), "I(S*; Y), nats": f"{g.mi_spent.max():g}" if g.covered.all() else "not private"})
+                     "unanimous (%)": spread(g.unanimity) if g.unanimity.notna().any() else "–", "I(S*; Y), nats": cost(g)})
     return pd.DataFrame(rows)
 
 def markdown_table(
