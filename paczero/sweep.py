@@ -6,7 +6,7 @@
 __all__ = ['SETS', 'COLUMNS', 'select', 'set_folder', 'steps_done', 'state', 'plan', 'measured', 'probe', 'cost', 'cost_text',
            'find_notebook', 'job', 'run_cell', 'Board', 'cores', 'gpus', 'sweep', 'status']
 
-# %% ../nbs/14_sweep.ipynb #c2ba4c52
+# %% ../nbs/14_sweep.ipynb #4fa64a6d
 import json, math, os, queue, re, shutil, subprocess, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, fields
@@ -18,7 +18,7 @@ from .experiment import MINIATURE, PARAMETERS, cell_recipe, choose_device, choos
 from .finetune import _check, _is_number, _write_atomically
 from .progress import clock, in_notebook
 
-# %% ../nbs/14_sweep.ipynb #c4d36ee2
+# %% ../nbs/14_sweep.ipynb #8dffd58b
 SETS = ("paper", "miniature")
 
 def _known(what, value, known):
@@ -46,7 +46,7 @@ def select(
     if not keep.any(): raise ValueError(f"no cell is selected: cells={cells}, tables={tables} and where={where} have none in common; see paczero.paper.cells()")
     return table[keep].reset_index(drop=True)
 
-# %% ../nbs/14_sweep.ipynb #3ab0a353
+# %% ../nbs/14_sweep.ipynb #2cfe7af8
 def set_folder(
     set:str="paper", # "paper" or "miniature"
     results_dir=None, # a folder that holds runs/; None: results/ or results/miniature/ of the project
@@ -71,7 +71,7 @@ def state(
     if (folder/"failed.json").exists(): return "failed"
     return "unfinished" if (folder/"config.json").exists() else "missing"
 
-# %% ../nbs/14_sweep.ipynb #949db454
+# %% ../nbs/14_sweep.ipynb #a0bce129
 COLUMNS = ("model", "task", "track", "mechanism", "steps", "k", "n_train", "seed")
 
 def _recipe(name, overrides):
@@ -99,11 +99,15 @@ def plan(
     out.attrs = dict(set=set, results_dir=str(set_folder(set, results_dir)), overrides=overrides)
     return out
 
-# %% ../nbs/14_sweep.ipynb #055629c8
+# %% ../nbs/14_sweep.ipynb #5d217ec1
 def _json(file):
     try: out = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
     return out if isinstance(out, dict) else {}
+
+def _share(mechanism):
+    "The share of the pool that a step looks at: all of it, or what a mechanism with batches draws on average."
+    return mechanism.get("sample_rate") or 1.
 
 def _kind(device): import platform; return device.split(":")[0], platform.machine(), os.cpu_count() if device == "cpu" else None
 
@@ -118,12 +122,12 @@ def measured(
         m, c, cell = _json(folder/"metrics.json"), _json(folder/"config.json"), _json(folder/"cell.json")
         try:
             if (m["device"], m["machine"], m["cpus"] if m["device"] == "cpu" else None) != _kind(device): continue
-            rows.append(dict(model=m["model"], task=m["task"], track=c["model"]["track"], forward=m["seconds_per_step"] / (2 * c["recipe"]["k"] * m["n_pool"]),
+            rows.append(dict(model=m["model"], task=m["task"], track=c["model"]["track"], share=_share(c["mechanism"]), forward=m["seconds_per_step"] / (2 * c["recipe"]["k"] * m["n_pool"] * _share(c["mechanism"])),
                              rest=cell.get("seconds", math.nan) - m["seconds"], bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())))
         except (KeyError, TypeError): continue      # not a run of this library's: it tells nothing
-    return pd.DataFrame(rows, columns=["model", "task", "track", "forward", "rest", "bytes"])
+    return pd.DataFrame(rows, columns=["model", "task", "track", "share", "forward", "rest", "bytes"])
 
-# %% ../nbs/14_sweep.ipynb #fa8f5dc8
+# %% ../nbs/14_sweep.ipynb #85627eb2
 def probe(
     recipe, # a Recipe
     device:str="cpu",
@@ -144,7 +148,7 @@ def probe(
     objective.losses(); start = time.perf_counter(); float(objective.losses().sum())
     return (time.perf_counter() - start) / len(task.pool)
 
-# %% ../nbs/14_sweep.ipynb #bc32db0d
+# %% ../nbs/14_sweep.ipynb #fe4bc960
 def cost(
     planned, # from `plan`
     device:str=None, # None: a GPU where there is one
@@ -156,11 +160,12 @@ def cost(
     device, out = choose_device(device), planned.copy()
     base = Path(planned.attrs["results_dir"])
     known = measured({base, set_folder("paper"), set_folder("miniature")}, device)
-    speed, rest, probed = known.groupby(["model", "task", "track"]).forward.median(), known.rest.median(), {}
+    speed, rest, probed = known.groupby(["model", "task", "track", "share"]).forward.median(), known.rest.median(), {}
     left = np.where(out.state == "finished", 0, out.steps.fillna(0).astype(float) - out.done).clip(min=0)
-    out["forwards"] = (2 * left * out.k.fillna(0).astype(float) * out.n_train.fillna(0).astype(float)).astype(int)
+    each = [2 * r.k * r.n_train * _share(asdict(r)) if r is not None else 0 for r in out.recipe]
+    out["forwards"] = np.round(left * np.array(each)).astype(int)
     def one(r):
-        key = (r.model, r.task, r.track)
+        key = (r.model, r.task, r.track, _share(asdict(r.recipe)) if r.recipe is not None else 0)
         if r.state == "finished" or r.recipe is None: return 0., 0., "finished" if r.recipe is not None else "cannot run"
         need = memory_needed(with_dtype(r.recipe, device), device).total
         if key in speed.index: return speed[key] * r.forwards, need, "measured in finished runs"
@@ -180,7 +185,7 @@ def _data_path(data, task):
     if not folder.is_dir(): raise FileNotFoundError(f"data={str(data)!r} has no folder {task!r}: give the folder that holds sst2/ and squad/, each with train.* and validation.*")
     return folder
 
-# %% ../nbs/14_sweep.ipynb #d5ff5a99
+# %% ../nbs/14_sweep.ipynb #bc771d22
 def cost_text(
     costed, # from `cost`
     workers:int=1, # cells at a time
@@ -202,7 +207,7 @@ def cost_text(
     if len(todo): out.append(f"disk: about {size * len(todo) / 2**20:,.0f} MiB (measured in finished runs)" if not math.isnan(size) else "disk: unknown, not measured")
     return "\n".join(out + [f"  cannot run: {r.run_id}: {r.why}" for r in costed[costed.estimate == "cannot run"].head(3).itertuples()])
 
-# %% ../nbs/14_sweep.ipynb #f97c6cee
+# %% ../nbs/14_sweep.ipynb #4c676b41
 def find_notebook(
     path=None, # None: nbs/run_experiment.ipynb of the project this runs in, or of the one that the package lies in
 )->Path:
@@ -231,7 +236,7 @@ def job(
     return dict(run_id=row.run_id, home=str(home), notebook=str(find_notebook(notebook)), parameters=parameters, about=about, why=row.why, steps=row.recipe.steps if row.recipe else 0,
                 device=device, env={k: str(v) for k, v in dict(OMP_NUM_THREADS=threads, CUDA_VISIBLE_DEVICES=gpu).items() if v is not None})
 
-# %% ../nbs/14_sweep.ipynb #7bd88118
+# %% ../nbs/14_sweep.ipynb #403c0fea
 def _watch_stdin():
     "End this process as soon as the one that started it is gone."
     sys.stdin.buffer.read(); os._exit(130)
@@ -256,7 +261,7 @@ def _child():
 
 def _plain(text): return re.sub(r"\x1b\[[0-9;]*m", "", str(text)).strip()
 
-# %% ../nbs/14_sweep.ipynb #99cdb1b7
+# %% ../nbs/14_sweep.ipynb #41bc4181
 def _fail(folder, exception, message, last_lines=()):
     "Write down why a cell did not finish."
     out = dict(run_id=folder.name, exception=exception, message=message, last_lines=list(last_lines), when=datetime.now(timezone.utc).isoformat(timespec="seconds"), version=__version__)
@@ -279,15 +284,24 @@ def _refusal(j, folder):
     try: check_memory(memory_needed(recipe, device), device)
     except MemoryError as e: return _fail(folder, "MemoryError", str(e))
 
-# %% ../nbs/14_sweep.ipynb #e8a02a66
+# %% ../nbs/14_sweep.ipynb #9d545c43
+def _busy(folder, seconds=10):
+    "Whether another process holds the run's folder, and does not let go in a while (a kernel whose sweep was killed ends within a second or two)."
+    from filelock import FileLock, Timeout
+    if not (folder/".lock").exists(): return False
+    try:
+        with FileLock(str(folder/".lock"), timeout=seconds): return False
+    except Timeout: return True
+
 def run_cell(
     j:dict, # from `job`
     stop=None, # threading.Event: set it to end the cell early; None: it runs to its end
-)->dict: # run_id, outcome ("finished", "failed", "stopped"), why, seconds
+)->dict: # run_id, outcome ("finished", "failed", "stopped", "busy"), why, seconds
     "Run one cell, here and now, in a process of its own; what goes wrong is written down, not raised."
     folder, start = Path(j["home"])/"runs"/j["run_id"], time.monotonic()
     if state(folder) == "finished": return dict(run_id=j["run_id"], outcome="finished", why="was finished already", seconds=0.)
     try:
+        if _busy(folder): return dict(run_id=j["run_id"], outcome="busy", why="another process is working in this folder", seconds=0.)
         if refused := _refusal(j, folder): return dict(refused, seconds=time.monotonic() - start)
         folder.mkdir(parents=True, exist_ok=True)
         before = _json(folder/"cell.json").get("seconds", 0.)
@@ -320,7 +334,7 @@ def _outcome(folder, code, out, err):
     (folder/"failed.json").unlink(missing_ok=True)
     return dict(run_id=folder.name, outcome="finished", why="")
 
-# %% ../nbs/14_sweep.ipynb #5f173713
+# %% ../nbs/14_sweep.ipynb #4b504ef7
 class Board:
     "Shows where a sweep stands: a line at every change and every `seconds`; in a notebook also a bar, updated in place."
     def __init__(self, jobs, work, runs, seconds=60., file=None):
@@ -358,7 +372,7 @@ class Board:
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
 
-# %% ../nbs/14_sweep.ipynb #099853fc
+# %% ../nbs/14_sweep.ipynb #313bd761
 def cores()->int:
     "CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -378,7 +392,7 @@ def _places(workers, device):
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, cores() // n)
     return [(threads, cards[i % len(cards)] if len(cards) > 1 else None) for i in range(n)]
 
-# %% ../nbs/14_sweep.ipynb #35873c2d
+# %% ../nbs/14_sweep.ipynb #55f8441a
 def _locally(jobs, places, board):
     "Run jobs on this machine, `len(places)` at a time."
     free, stop = queue.Queue(), threading.Event()
@@ -407,7 +421,7 @@ def _collect(waiting, board):
             board.show(f"{r['run_id']} {r['outcome']}{': ' + r['why'] if r['why'] else ''} ({clock(r['seconds'])})")
         board.show()
 
-# %% ../nbs/14_sweep.ipynb #ae26f707
+# %% ../nbs/14_sweep.ipynb #178ed812
 def _on_cluster(jobs, scheduler, board):
     "Run jobs on the workers of a dask.distributed cluster."
     try: from distributed import Client, as_completed
@@ -425,7 +439,7 @@ def _on_cluster(jobs, scheduler, board):
         except KeyboardInterrupt:
             client.cancel(list(futures)); print("\nsweep: stopped; what runs on a worker runs to its end, nothing new begins", flush=True)
 
-# %% ../nbs/14_sweep.ipynb #71fc82f9
+# %% ../nbs/14_sweep.ipynb #8abd21e6
 def sweep(
     planned, # from `plan`
     *,
@@ -452,7 +466,7 @@ def sweep(
             dict(run_id=i, outcome="finished before" if state(runs/i) == "finished" else "stopped", why="", seconds=0.) for i in planned.run_id]
     return pd.DataFrame(rows)
 
-# %% ../nbs/14_sweep.ipynb #7a62bd6a
+# %% ../nbs/14_sweep.ipynb #ad7ac34c
 def status(
     set:str="paper", # "paper" or "miniature"
     results_dir=None, # as for `set_folder`
