@@ -6,7 +6,7 @@
 __all__ = ['SETS', 'COLUMNS', 'select', 'set_folder', 'steps_done', 'state', 'plan', 'measured', 'probe', 'cost', 'cost_text',
            'find_notebook', 'job', 'run_cell', 'Board', 'cores', 'gpus', 'sweep', 'status']
 
-# %% ../nbs/14_sweep.ipynb #4fa64a6d
+# %% ../nbs/14_sweep.ipynb #2027427e
 import json, math, os, queue, re, shutil, subprocess, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, fields
@@ -18,7 +18,7 @@ from .experiment import MINIATURE, PARAMETERS, cell_recipe, choose_device, choos
 from .finetune import _check, _is_number, _write_atomically
 from .progress import clock, in_notebook
 
-# %% ../nbs/14_sweep.ipynb #8dffd58b
+# %% ../nbs/14_sweep.ipynb #93a2e106
 SETS = ("paper", "miniature")
 
 def _known(what, value, known):
@@ -46,7 +46,7 @@ def select(
     if not keep.any(): raise ValueError(f"no cell is selected: cells={cells}, tables={tables} and where={where} have none in common; see paczero.paper.cells()")
     return table[keep].reset_index(drop=True)
 
-# %% ../nbs/14_sweep.ipynb #2cfe7af8
+# %% ../nbs/14_sweep.ipynb #910a93b8
 def set_folder(
     set:str="paper", # "paper" or "miniature"
     results_dir=None, # a folder that holds runs/; None: results/ or results/miniature/ of the project
@@ -71,7 +71,7 @@ def state(
     if (folder/"failed.json").exists(): return "failed"
     return "unfinished" if (folder/"config.json").exists() else "missing"
 
-# %% ../nbs/14_sweep.ipynb #a0bce129
+# %% ../nbs/14_sweep.ipynb #f54db76e
 COLUMNS = ("model", "task", "track", "mechanism", "steps", "k", "n_train", "seed")
 
 def _recipe(name, overrides):
@@ -99,7 +99,7 @@ def plan(
     out.attrs = dict(set=set, results_dir=str(set_folder(set, results_dir)), overrides=overrides)
     return out
 
-# %% ../nbs/14_sweep.ipynb #5d217ec1
+# %% ../nbs/14_sweep.ipynb #80daf3d1
 def _json(file):
     try: out = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
@@ -127,7 +127,7 @@ def measured(
         except (KeyError, TypeError): continue      # not a run of this library's: it tells nothing
     return pd.DataFrame(rows, columns=["model", "task", "track", "share", "forward", "rest", "bytes"])
 
-# %% ../nbs/14_sweep.ipynb #85627eb2
+# %% ../nbs/14_sweep.ipynb #d5e4d165
 def probe(
     recipe, # a Recipe
     device:str="cpu",
@@ -148,7 +148,7 @@ def probe(
     objective.losses(); start = time.perf_counter(); float(objective.losses().sum())
     return (time.perf_counter() - start) / len(task.pool)
 
-# %% ../nbs/14_sweep.ipynb #fe4bc960
+# %% ../nbs/14_sweep.ipynb #7983a310
 def cost(
     planned, # from `plan`
     device:str=None, # None: a GPU where there is one
@@ -185,7 +185,7 @@ def _data_path(data, task):
     if not folder.is_dir(): raise FileNotFoundError(f"data={str(data)!r} has no folder {task!r}: give the folder that holds sst2/ and squad/, each with train.* and validation.*")
     return folder
 
-# %% ../nbs/14_sweep.ipynb #bc771d22
+# %% ../nbs/14_sweep.ipynb #966832b9
 def cost_text(
     costed, # from `cost`
     workers:int=1, # cells at a time
@@ -207,7 +207,7 @@ def cost_text(
     if len(todo): out.append(f"disk: about {size * len(todo) / 2**20:,.0f} MiB (measured in finished runs)" if not math.isnan(size) else "disk: unknown, not measured")
     return "\n".join(out + [f"  cannot run: {r.run_id}: {r.why}" for r in costed[costed.estimate == "cannot run"].head(3).itertuples()])
 
-# %% ../nbs/14_sweep.ipynb #4c676b41
+# %% ../nbs/14_sweep.ipynb #34535698
 def find_notebook(
     path=None, # None: nbs/run_experiment.ipynb of the project this runs in, or of the one that the package lies in
 )->Path:
@@ -236,10 +236,13 @@ def job(
     return dict(run_id=row.run_id, home=str(home), notebook=str(find_notebook(notebook)), parameters=parameters, about=about, why=row.why, steps=row.recipe.steps if row.recipe else 0,
                 device=device, env={k: str(v) for k, v in dict(OMP_NUM_THREADS=threads, CUDA_VISIBLE_DEVICES=gpu).items() if v is not None})
 
-# %% ../nbs/14_sweep.ipynb #403c0fea
+# %% ../nbs/14_sweep.ipynb #6d55a9cd
 def _watch_stdin():
-    "End this process as soon as the one that started it is gone."
-    sys.stdin.buffer.read(); os._exit(130)
+    "End this process, and its kernel, as soon as the one that started it is gone."
+    import psutil
+    sys.stdin.buffer.read()
+    for p in psutil.Process().children(recursive=True): p.kill()
+    os._exit(130)
 
 def _clean_notebook(file, notebook):
     "Take the folders of this machine out of an executed notebook's metadata."
@@ -261,7 +264,7 @@ def _child():
 
 def _plain(text): return re.sub(r"\x1b\[[0-9;]*m", "", str(text)).strip()
 
-# %% ../nbs/14_sweep.ipynb #41bc4181
+# %% ../nbs/14_sweep.ipynb #df0f60a9
 def _fail(folder, exception, message, last_lines=()):
     "Write down why a cell did not finish."
     out = dict(run_id=folder.name, exception=exception, message=message, last_lines=list(last_lines), when=datetime.now(timezone.utc).isoformat(timespec="seconds"), version=__version__)
@@ -284,9 +287,9 @@ def _refusal(j, folder):
     try: check_memory(memory_needed(recipe, device), device)
     except MemoryError as e: return _fail(folder, "MemoryError", str(e))
 
-# %% ../nbs/14_sweep.ipynb #9d545c43
+# %% ../nbs/14_sweep.ipynb #8c961be6
 def _busy(folder, seconds=10):
-    "Whether another process holds the run's folder, and does not let go in a while (a kernel whose sweep was killed ends within a second or two)."
+    "Whether another process holds the run's folder, and does not let go in a while (a killed kernel's memory takes a moment to go)."
     from filelock import FileLock, Timeout
     if not (folder/".lock").exists(): return False
     try:
@@ -334,7 +337,7 @@ def _outcome(folder, code, out, err):
     (folder/"failed.json").unlink(missing_ok=True)
     return dict(run_id=folder.name, outcome="finished", why="")
 
-# %% ../nbs/14_sweep.ipynb #4b504ef7
+# %% ../nbs/14_sweep.ipynb #33513f1b
 class Board:
     "Shows where a sweep stands: a line at every change and every `seconds`; in a notebook also a bar, updated in place."
     def __init__(self, jobs, work, runs, seconds=60., file=None):
@@ -372,7 +375,7 @@ class Board:
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
 
-# %% ../nbs/14_sweep.ipynb #313bd761
+# %% ../nbs/14_sweep.ipynb #148e6a24
 def cores()->int:
     "CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -392,7 +395,7 @@ def _places(workers, device):
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, cores() // n)
     return [(threads, cards[i % len(cards)] if len(cards) > 1 else None) for i in range(n)]
 
-# %% ../nbs/14_sweep.ipynb #55f8441a
+# %% ../nbs/14_sweep.ipynb #631a73cf
 def _locally(jobs, places, board):
     "Run jobs on this machine, `len(places)` at a time."
     free, stop = queue.Queue(), threading.Event()
@@ -421,12 +424,12 @@ def _collect(waiting, board):
             board.show(f"{r['run_id']} {r['outcome']}{': ' + r['why'] if r['why'] else ''} ({clock(r['seconds'])})")
         board.show()
 
-# %% ../nbs/14_sweep.ipynb #178ed812
+# %% ../nbs/14_sweep.ipynb #3f38e9f5
 def _on_cluster(jobs, scheduler, board):
     "Run jobs on the workers of a dask.distributed cluster."
     try: from distributed import Client, as_completed
     except ImportError: raise ImportError(f"scheduler={scheduler!r} needs the package distributed: pip install 'paczero[cluster]'") from None
-    try: client = Client(scheduler, timeout=10, set_as_default=False)
+    try: client = Client(scheduler, timeout=10)
     except (OSError, ValueError) as e: raise ConnectionError(f"scheduler={scheduler!r} does not answer as a dask scheduler ({e}): start one with `dask scheduler`, and pass its tcp://host:port") from None
     with client:
         futures = {client.submit(run_cell, j, key=f"paczero-{j['run_id']}-{time.time_ns()}", pure=False): j["run_id"] for j in jobs}
@@ -439,7 +442,7 @@ def _on_cluster(jobs, scheduler, board):
         except KeyboardInterrupt:
             client.cancel(list(futures)); print("\nsweep: stopped; what runs on a worker runs to its end, nothing new begins", flush=True)
 
-# %% ../nbs/14_sweep.ipynb #8abd21e6
+# %% ../nbs/14_sweep.ipynb #91abf2ca
 def sweep(
     planned, # from `plan`
     *,
@@ -466,7 +469,7 @@ def sweep(
             dict(run_id=i, outcome="finished before" if state(runs/i) == "finished" else "stopped", why="", seconds=0.) for i in planned.run_id]
     return pd.DataFrame(rows)
 
-# %% ../nbs/14_sweep.ipynb #ad7ac34c
+# %% ../nbs/14_sweep.ipynb #9c3fa614
 def status(
     set:str="paper", # "paper" or "miniature"
     results_dir=None, # as for `set_folder`
