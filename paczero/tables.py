@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'KNOWN', 'SETS', 'RAN', 'GROUP', 'NAMES', 'LEGEND', 'COLOURS', 'WHISKERS', 'select', 'measured',
            'find_results', 'results', 'method', 'grouped', 'reported_for', 'readable', 'missing', 'Match', 'band',
-           'own_run', 'matches', 'by_set', 'colour', 'axes', 'titled', 'draw', 'ticks', 'draw_reported', 'save',
-           'agrees']
+           'own_run', 'matches', 'by_set', 'colour', 'axes', 'legend', 'titled', 'draw', 'ticks', 'draw_reported',
+           'save', 'agrees']
 
-# %% ../nbs/12a_tables.ipynb #1aa7dcb0
+# %% ../nbs/12a_tables.ipynb #34491130
 import json, math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ from pathlib import Path
 from . import figures
 from .embedded import ASSETS
 
-# %% ../nbs/12a_tables.ipynb #1a21196f
+# %% ../nbs/12a_tables.ipynb #17796125
 NUMBERS = ("mi", "dp_epsilon", "dp_delta", "sample_rate", "k", "lora_r", "lr", "clip", "steps", "m", "seed", "n_train", "n_dev", "n_eval", "zo_eps")
 
 @lru_cache(maxsize=1)
@@ -47,9 +47,9 @@ def select(
             raise ValueError(f"selection: unknown table or cell {n!r}{nearest(n, [*c.table.unique(), *c.run_id])} Tables: {', '.join(c.table.unique())}")
     return c[c.table.isin(names) | c.run_id.isin(names)].reset_index(drop=True)
 
-# %% ../nbs/12a_tables.ipynb #6b927e3e
+# %% ../nbs/12a_tables.ipynb #5d61e52d
 KNOWN = frozenset("""model task mechanism metric test_before test_after dev_after best_step steps steps_planned n_pool n_dev n_test seed unanimity releases mi_spent mi_bound prior posterior_bound guarantee_covers stamp seconds
-seconds_per_step forward_passes pool_tokens peak_memory_bytes device cpus machine transcript_digest weights_digest versions epsilon_spent delta epsilon noise_multiplier sample_rate""".split())
+seconds_per_step forward_passes pool_tokens peak_memory_bytes device cpus machine transcript_digest weights_digest versions epsilon_spent delta examples_forwarded""".split())
 _MAX_JSON = 1 << 24 # bytes
 
 def _json(file):
@@ -75,14 +75,14 @@ def _notes(m):
     if m.get("stamp"): yield str(m["stamp"])[:80]
     if m["steps"] < m.get("steps_planned", m["steps"]): yield f"stopped after {m['steps']} of {m['steps_planned']} steps"
 
-# %% ../nbs/12a_tables.ipynb #d0631a0f
+# %% ../nbs/12a_tables.ipynb #fc2d5318
 def _scores(m):
     "The figures of a metrics.json, checked."
     metric, n = m["metric"], _number(m, "n_test", 1, 1e9)
     if not isinstance(m.get("test_after"), dict): raise ValueError("test_after is empty: the run was made without its test set")
     s, before = _number(m["test_after"], metric, 0, 1), (m.get("test_before") or {}).get(metric, math.nan)
     spec = m["mechanism"]; spec["name"]
-    return dict(score=100 * s, standard_error=100 * math.sqrt(s * (1 - s) / n), before=100 * before, metric=metric, n_test=n, unanimity=100 * _number(m, "unanimity", 0, 1),
+    return dict(score=100 * s, standard_error=100 * math.sqrt(s * (1 - s) / n), before=100 * before, metric=metric, n_test=n, unanimity=math.nan if m["unanimity"] is None else 100 * _number(m, "unanimity", 0, 1),
                 mi_spent=m.get("mi_spent") if m.get("guarantee_covers") else None, epsilon_spent=m.get("epsilon_spent"), posterior_bound=m.get("posterior_bound") if m.get("guarantee_covers") else None,
                 steps_done=_number(m, "steps", 0), steps_planned=m.get("steps_planned", m["steps"]), ran_model=str(m["model"]), ran_task=str(m["task"]), ran_seed=_number(m, "seed", 0), spec=spec,
                 seconds=m.get("seconds"), device=m.get("device"), note="; ".join(_notes(m)))
@@ -97,14 +97,14 @@ def measured(
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
             return dict(status="unreadable", note=f"metrics.json: {f'no field {e}' if isinstance(e, KeyError) else e}"[:160].replace(str(folder), "."))
     if (file := folder/"failed.json").is_file():
-        try: d = _json(file); why = next((d[k] for k in ("reason", "error", "message") if d.get(k)), d)
+        try: d = _json(file); why = ": ".join(str(d[k]) for k in ("exception", "message") if d.get(k)) or "failed.json gives no reason"
         except (ValueError, OSError) as e: why = f"failed.json: {e}"
-        return dict(status="failed", note=str(why)[:160].replace(str(folder), "."))
+        return dict(status="failed", note=(why.splitlines() or [""])[0][:160].replace(str(folder), "."))
     if (file := folder/"transcript.jsonl").is_file():
-        with file.open("rb") as lines: return dict(status="unfinished", steps_done=sum(line.startswith(b'{"t":') for line in lines))
-    return dict(status="missing")
+        with file.open("rb") as lines: return dict(status="unfinished", steps_done=sum(b'"y"' in line for line in lines))
+    return dict(status="unfinished", steps_done=0) if (folder/"config.json").is_file() else dict(status="missing")
 
-# %% ../nbs/12a_tables.ipynb #32cc8d9e
+# %% ../nbs/12a_tables.ipynb #7376e66d
 def find_results(
     folder=None, # None: results/ of the project this runs in, else of the current folder
 )->Path:
@@ -113,7 +113,7 @@ def find_results(
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p/"settings.ini").exists() and (p/"nbs").is_dir()), here)/"results"
 
-# %% ../nbs/12a_tables.ipynb #22149cf6
+# %% ../nbs/12a_tables.ipynb #70ee4677
 SETS = {"paper": "the paper's models", "miniature": "tiny-opt miniature"}
 _SAME = ("lr", "clip", "steps", "k", "m", "seed", "zo_eps", "n_train")
 
@@ -129,7 +129,7 @@ def _claim(folder, which):
         if folder.name not in known: return None
         return which, folder.name, _recipe(_json(folder/"config.json")) if (folder/"config.json").is_file() else {}
     c = _json(folder/"cell.json"); row, recipe = c.get("stands_for"), c.get("recipe")
-    run_id = (row.get("run_id") if isinstance(row, dict) else None) or c.get("run_id")
+    run_id = (row.get("run_id") if isinstance(row, dict) else None) or c.get("run_id"); recipe = {} if recipe is None else recipe
     if run_id not in known: raise ValueError(f"names no cell of the paper: {run_id!r:.60}")
     if c.get("set") not in SETS or not isinstance(recipe, dict): raise ValueError(f"has set {c.get('set')!r:.20} (one of: {', '.join(SETS)}) and a recipe of type {type(recipe).__name__}")
     return c["set"], run_id, recipe
@@ -145,7 +145,7 @@ def _contradiction(row, which, recipe, run):
     if paper: found += [(k, r[k], none(getattr(row, k))) for k in _SAME if k in r and row.mechanism in ("zpl", "mi", "nonprivate") and r[k] != none(getattr(row, k))]
     return "; ".join(f"{k} is {a!r:.30}, not {b!r:.30}" for k, a, b in dict((f[0], f) for f in found).values())
 
-# %% ../nbs/12a_tables.ipynb #3fa22438
+# %% ../nbs/12a_tables.ipynb #f3593460
 RAN = {"lr": "lr", "clip": "clip", "steps": "steps", "k": "k", "lora_r": "lora_rank", "mi": "budget", "m": "m"} # registry field: the recipe's
 _MEASURED = ("status", "score", "standard_error", "before", "metric", "n_test", "unanimity", "mi_spent", "epsilon_spent", "posterior_bound", "steps_done", "seconds", "device", "ran_model", "ran_task", "note", "run")
 
@@ -189,7 +189,7 @@ def results(
     number = [c for c in table if c in ("score", "standard_error", "before", "unanimity", "mi_spent", "epsilon_spent", "posterior_bound", "steps_done", "n_test", "seconds") or c.startswith("ran_") and c[4:] in RAN]
     return table.assign(**{c: pd.to_numeric(table[c], errors="coerce") for c in number}, note=table.note.astype(object).where(table.note.notna(), ""))
 
-# %% ../nbs/12a_tables.ipynb #84376450
+# %% ../nbs/12a_tables.ipynb #a1d8b0bd
 GROUP = ("table", "model", "task", "track", "mechanism", "mi", "dp_epsilon", "ablation", "k", "lora_r", "lr", "clip", "steps", "m")
 
 def method(
@@ -221,7 +221,7 @@ def grouped(
         if b not in rows: raise ValueError(f"by: no field {b!r} in the rows; one of: {', '.join(rows.columns)}")
     return pd.DataFrame([_group(by, key, g) for key, g in rows.groupby(by, sort=False, dropna=False)])
 
-# %% ../nbs/12a_tables.ipynb #4f4d2639
+# %% ../nbs/12a_tables.ipynb #883eb5a9
 @lru_cache(maxsize=1)
 def _reported():
     import pandas as pd
@@ -240,7 +240,7 @@ def reported_for(
     n = int(((c.table == r.table) & (c.model == r.model) & (c.task == r.task) & (c.track == r.track) & (c.mechanism == name) & (c.mi == r.mi)).sum())
     return dict(mean=float(r["mean"]), std=float(r["std"]), n=n, metric=r.metric, source=f"reported: {r.source}")
 
-# %% ../nbs/12a_tables.ipynb #2a75101a
+# %% ../nbs/12a_tables.ipynb #2154b1db
 NAMES = {"model": "model", "task": "task", "track": "track", "what": "method", "lora_r": "rank r", "lr": "learning rate", "clip": "clip c", "steps": "steps T", "k": "directions K", "mi": "budget (nats)", "posterior": "attack right, at most", "seed": "seed", "ablation": "signal"}
 
 def _spread(mean, std, n, planned):
@@ -264,10 +264,10 @@ def readable(
         if g["note"]: line["note"] = "; ".join(filter(None, (line.get("note"), g["note"])))
     return pd.DataFrame(lines.values()).fillna("").set_index(NAMES.get(fields[0], fields[0]))
 
-# %% ../nbs/12a_tables.ipynb #fde7a966
+# %% ../nbs/12a_tables.ipynb #2267d0c1
 def missing(
     rows, # from `results`
-    shown:int=3, # cells named before "and n more"
+    shown:int=6, # up to so many cells of a table are named one by one
 )->str:
     "What is not there or could not be used, why, and the command that makes it."
     out = []
@@ -283,7 +283,7 @@ def missing(
     notes = rows[(rows.status == "finished") & (rows.note != "")]
     return "\n".join(out + [f"note, {r.set} {r.run_id}: {r.note}" for r in notes.itertuples()])
 
-# %% ../nbs/12a_tables.ipynb #d3512aed
+# %% ../nbs/12a_tables.ipynb #a9d02250
 @dataclass(frozen=True, kw_only=True)
 class Match:
     "Whether a run lies where it should."
@@ -310,7 +310,7 @@ def band(
     half = math.hypot(seeds, ndtri((1 + level) / 2) * standard_error)
     return max(0.0, mean - half), min(100.0, mean + half)
 
-# %% ../nbs/12a_tables.ipynb #771996a9
+# %% ../nbs/12a_tables.ipynb #cd4d2c0c
 def own_run(
     folder, # of a finished run, a cell of the paper or not
 )->dict:
@@ -333,9 +333,9 @@ def _finished(run, name="run"):
     if len(kinds) > 1: raise ValueError(f"{name}: {len(rows)} runs of {len(kinds)} different kinds ({'; '.join(sorted(' '.join(map(str, k)) for k in kinds))[:200]}); pass seeds of one cell, on one test set")
     return rows
 
-def _verdict(score, k, mean, std, n, error, level, source):
+def _verdict(score, k, mean, std, n, n_test, error, level, source):
     "The band, in words."
-    low, high = band(mean, std, n, k, error, level)
+    low, high = band(mean, max(std, 100 / n_test / math.sqrt(12)) if std == std else std, n, k, error, level)
     inside, known = low <= score <= high, std == std and n > 1
     us = f"{score:.2f} %" if k == 1 else f"the mean of {k} seeds, {score:.2f} %,"
     why = f"{source}: {mean:.2f} ± {std:.2f} % over {n} seeds" if known else f"{source}: {mean:.2f} %, without a spread over seeds"
@@ -344,7 +344,7 @@ def _verdict(score, k, mean, std, n, error, level, source):
     tail = "" if known or inside else "; whether seeds explain the rest cannot be said"
     return Match(verdict="inside" if inside else "outside" if known else "undecided", score=score, low=low, high=high, text=f"{us} lies {'inside' if inside else 'outside'} {band_} ({why}){tail}")
 
-# %% ../nbs/12a_tables.ipynb #518ca8a7
+# %% ../nbs/12a_tables.ipynb #20f9f587
 def matches(
     run, # a finished row of `results`, several seeds of one cell (DataFrame), or a run's folder
     others=None, # finished rows of other seeds to compare with; None: the reported value
@@ -359,15 +359,15 @@ def matches(
         if told is None: return Match(verdict="no reported value", score=score, low=math.nan, high=math.nan, text=f"{score:.2f} %; the paper's value for this recipe is not among the {len(_reported())} that we know (reported.csv)")
         theirs = math.sqrt(told["mean"] * (100 - told["mean"]) / rows[0]["n_test"])
         seeds = "; n is the number of seeds in the registry, for the source gives none" if told["std"] == told["std"] else ""
-        return _verdict(score, k, told["mean"], told["std"], max(told["n"], 1), math.hypot(error, theirs), level, told["source"] + seeds)
+        return _verdict(score, k, told["mean"], told["std"], max(told["n"], 1), rows[0]["n_test"], math.hypot(error, theirs), level, told["source"] + seeds)
     ref = _finished(others, "others")
     _finished(rows + ref, "run and others")
     if twice := {r["run"] for r in rows if r.get("run")} & {r["run"] for r in ref if r.get("run")}: raise ValueError(f"others: {', '.join(sorted(twice))} is among the runs asked about; leave it out")
     scores = [r["score"] for r in ref]; n, mean = len(ref), sum(scores) / len(ref)
     std = math.sqrt(math.fsum((s - mean) ** 2 for s in scores) / (n - 1)) if n > 1 else math.nan
-    return _verdict(score, k, mean, std, n, 0.0 if n > 1 else math.hypot(error, ref[0]["standard_error"]), level, "own seeds")
+    return _verdict(score, k, mean, std, n, ref[0]["n_test"], 0.0 if n > 1 else math.hypot(error, ref[0]["standard_error"]), level, "own seeds")
 
-# %% ../nbs/12a_tables.ipynb #b62d7170
+# %% ../nbs/12a_tables.ipynb #9921ffa7
 LEGEND = {"dpzero": "DPZero", "dp-aggzo": "DP-AggZO", "nonprivate": figures.LABELS["raw_full"]} | figures.LABELS
 COLOURS = {"dpzero": "#CC79A7", "dp-aggzo": "#E69F00"} | figures.COLOURS
 
@@ -390,22 +390,33 @@ def axes(
     title:str,
     size=(7.2, 4.2), # inches
     metric:str="accuracy",
+    foot:str=None, # small print below; None: what the whiskers are
+    columns:int=1, # panels side by side
 ):
     "(figure, axes) with the house's look; a miniature says so in its title."
     import matplotlib.pyplot as plt
     figures.style()
-    fig, ax = plt.subplots(figsize=size)
-    ax.set(title=titled(which, title), ylabel=f"test {metric} (%)")
-    fig.text(.99, -.01, WHISKERS, ha="right", va="top", fontsize=8, color="#555555")
+    fig, ax = plt.subplots(1, columns, figsize=size, layout="constrained", sharey=True)
+    if columns == 1: ax.set(title=titled(which, title), ylabel=f"test {metric} (%)")
+    else: fig.suptitle(titled(which, title), x=.01, ha="left", fontsize="medium")
+    fig.supxlabel(foot or WHISKERS, x=.99, ha="right", fontsize=8, color="#555555")
     return fig, ax
 
 WHISKERS = "whisker: standard deviation over seeds; thin, one seed: standard error of its test set"
+
+def legend(
+    fig, # matplotlib figure
+    *axes, # whose curves
+):
+    "One legend to the right of everything, each label once; none where nothing was drawn."
+    entries = {l: h for ax in axes for h, l in zip(*ax.get_legend_handles_labels())}
+    if entries: fig.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
 
 def titled(which:str, title:str)->str:
     "A figure's title, with a miniature's warning."
     return title + ("\ntiny-opt miniature: says nothing of the paper's models" if which == "miniature" else "")
 
-# %% ../nbs/12a_tables.ipynb #da3a8be1
+# %% ../nbs/12a_tables.ipynb #1cf8e99a
 def draw(
     ax, # matplotlib axes
     g, # groups of one curve, from `grouped`
@@ -420,7 +431,7 @@ def draw(
     g = g[(g.n > 0) & g.x.notna()].sort_values("x")
     if not len(g): return
     tint = colour or COLOURS[g.mechanism.iloc[0]]
-    ax.plot(g.x, g["mean"], line, marker=marker, color=tint, ms=6, label=label or g.what.iloc[0])
+    ax.plot(g.x, g["mean"], ls=line, marker=marker, color=tint, ms=6, label=label or g.what.iloc[0])
     for several, width in ((True, 2), (False, .8)):
         e = g[(g.n > 1) == several]
         ax.errorbar(e.x, e["mean"], e["std"] if several else e.standard_error, fmt="none", ecolor=tint, elinewidth=width, capsize=3)
@@ -446,7 +457,7 @@ def draw_reported(
         name = "nonprivate" if v.mechanism.startswith("nonprivate") else v.mechanism
         ax.axhline(v.mean, ls="--", lw=1.2, color=colour(name), label=f"reported ({model}, {track}): {'MeZO' if name == 'nonprivate' else 'ZPL'} {v.mean:g} %")
 
-# %% ../nbs/12a_tables.ipynb #28d8c1f7
+# %% ../nbs/12a_tables.ipynb #1dba3c35
 def save(
     fig, # matplotlib figure
     groups, # the numbers in it
