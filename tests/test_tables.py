@@ -122,7 +122,7 @@ def test_unfinished_and_failed(results):
     rows = tables.results(ZPL, results, "miniature")
     assert rows.status.tolist() == ["unfinished", "failed", "failed"] and rows.steps_done[0] == 3 and rows.note[1] == "MemoryError: needs 40 GiB" and "failed.json" in rows.note[2]
     text = tables.missing(rows)
-    assert "after 3 steps" in text and "needs 40 GiB" in text and f"sweep --cell {ZPL[0]} --miniature" in text
+    assert "after 3 steps" in text and "needs 40 GiB" in text and f"sweep --cell {' '.join(ZPL)} --miniature" in text
 
 
 def test_a_failure_of_before_does_not_hide_a_finish(results):
@@ -165,7 +165,7 @@ def paper_run(results, run_id, accuracy, **changes):
     (to / "cell.json").unlink()
     r, m, c = tables.select(run_id).iloc[0], json.loads((to / "metrics.json").read_text()), json.loads((to / "config.json").read_text())
     (to / "metrics.json").write_text(json.dumps(m | dict(model=r.model, task=r.task, seed=int(r.seed), steps=int(r.steps), steps_planned=int(r.steps), n_test=872, test_after=dict(accuracy=accuracy)) | changes))
-    c["recipe"] |= dict(lr=r.lr, clip=None if math.isnan(r.clip) else r.clip, steps=int(r.steps), m=int(r.m), seed=int(r.seed))
+    c["recipe"] |= dict(lr=r.lr, clip=None if math.isnan(r["clip"]) else r["clip"], steps=int(r.steps), m=int(r.m), seed=int(r.seed))
     c["model"] |= dict(name=r.model); c["design"] |= dict(n=1000)
     (to / "config.json").write_text(json.dumps(c))
     return to
@@ -206,7 +206,7 @@ def test_what_cannot_be_compared(results):
 def test_seeds_of_one_distribution_lie_inside(n, k):
     "95 % of runs whose scores come from the same distribution are 'inside', through the whole of `matches`; few of those far away are."
     rng, make = np.random.default_rng(n * 10 + k), lambda scores, name: [dict(status="finished", set="miniature", ran_model="tiny-opt", ran_task="reviews", track="ft", mechanism="zpl", mi=0., ablation="", n_test=10**6, score=float(s), standard_error=0., run=f"{name}{i}") for i, s in enumerate(scores)]
-    verdict = lambda shift: tables.matches(pd.DataFrame(make(rng.normal(80 + shift, .7, k), "new")), others=pd.DataFrame(make(rng.normal(80, .7, n), "old"))).verdict
+    verdict = lambda shift: tables.matches(make(rng.normal(80 + shift, .7, k), "new"), others=make(rng.normal(80, .7, n), "old")).verdict
     inside = lambda shift, trials: sum(verdict(shift) == "inside" for _ in range(trials)) / trials
     assert abs(inside(0, 800) - .95) < 4 * math.sqrt(.95 * .05 / 800)
     assert inside(8, 200) < .5
