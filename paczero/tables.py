@@ -8,7 +8,7 @@ __all__ = ['NUMBERS', 'KNOWN', 'SETS', 'RAN', 'GROUP', 'NAMES', 'LEGEND', 'COLOU
            'own_run', 'matches', 'by_set', 'colour', 'axes', 'legend', 'titled', 'draw', 'ticks', 'draw_reported',
            'save', 'agrees']
 
-# %% ../nbs/12a_tables.ipynb #925b1808
+# %% ../nbs/12a_tables.ipynb #523df55a
 import json, math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ from pathlib import Path
 from . import figures
 from .embedded import ASSETS
 
-# %% ../nbs/12a_tables.ipynb #d9171e55
+# %% ../nbs/12a_tables.ipynb #21adbbd9
 NUMBERS = ("mi", "dp_epsilon", "dp_delta", "sample_rate", "k", "lora_r", "lr", "clip", "steps", "m", "seed", "n_train", "n_dev", "n_eval", "zo_eps")
 
 @lru_cache(maxsize=1)
@@ -47,7 +47,7 @@ def select(
             raise ValueError(f"selection: unknown table or cell {n!r}{nearest(n, [*c.table.unique(), *c.run_id])} Tables: {', '.join(c.table.unique())}")
     return c[c.table.isin(names) | c.run_id.isin(names)].reset_index(drop=True)
 
-# %% ../nbs/12a_tables.ipynb #6ec07b5d
+# %% ../nbs/12a_tables.ipynb #b9b72c55
 KNOWN = frozenset("""model task mechanism metric test_before test_after dev_after best_step steps steps_planned n_pool n_dev n_test seed unanimity releases mi_spent mi_bound prior posterior_bound guarantee_covers stamp seconds
 seconds_per_step forward_passes pool_tokens peak_memory_bytes device cpus machine transcript_digest weights_digest versions epsilon_spent delta examples_forwarded""".split())
 _MAX_JSON = 1 << 24 # bytes
@@ -75,7 +75,7 @@ def _notes(m):
     if m.get("stamp"): yield str(m["stamp"])[:80]
     if m["steps"] < m.get("steps_planned", m["steps"]): yield f"stopped after {m['steps']} of {m['steps_planned']} steps"
 
-# %% ../nbs/12a_tables.ipynb #4e885d43
+# %% ../nbs/12a_tables.ipynb #e02f00e1
 def _scores(m):
     "The figures of a metrics.json, checked."
     metric, n = m["metric"], _number(m, "n_test", 1, 1e9)
@@ -104,7 +104,7 @@ def measured(
         with file.open("rb") as lines: return dict(status="unfinished", steps_done=sum(b'"y"' in line for line in lines))
     return dict(status="unfinished", steps_done=0) if (folder/"config.json").is_file() else dict(status="missing")
 
-# %% ../nbs/12a_tables.ipynb #8d73da31
+# %% ../nbs/12a_tables.ipynb #2a30570e
 def find_results(
     folder=None, # None: results/ of the project this runs in, else of the current folder
 )->Path:
@@ -113,7 +113,7 @@ def find_results(
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p/"settings.ini").exists() and (p/"nbs").is_dir()), here)/"results"
 
-# %% ../nbs/12a_tables.ipynb #01c9b6f1
+# %% ../nbs/12a_tables.ipynb #8ab1830b
 SETS = {"paper": "the paper's models", "miniature": "tiny-opt miniature"}
 _SAME = ("lr", "clip", "steps", "k", "m", "seed", "zo_eps", "n_train")
 
@@ -145,7 +145,7 @@ def _contradiction(row, which, recipe, run):
     if paper: found += [(k, r[k], none(getattr(row, k))) for k in _SAME if k in r and row.mechanism in ("zpl", "mi", "nonprivate") and r[k] != none(getattr(row, k))]
     return "; ".join(f"{k} is {a!r:.30}, not {b!r:.30}" for k, a, b in dict((f[0], f) for f in found).values())
 
-# %% ../nbs/12a_tables.ipynb #cd54f421
+# %% ../nbs/12a_tables.ipynb #7f9fd5ca
 RAN = {"lr": "lr", "clip": "clip", "steps": "steps", "k": "k", "lora_r": "lora_rank", "mi": "budget", "m": "m"} # registry field: the recipe's
 _MEASURED = ("status", "score", "standard_error", "before", "metric", "n_test", "unanimity", "mi_spent", "epsilon_spent", "posterior_bound", "steps_done", "seconds", "device", "ran_model", "ran_task", "note", "run")
 
@@ -189,7 +189,7 @@ def results(
     number = [c for c in table if c in ("score", "standard_error", "before", "unanimity", "mi_spent", "epsilon_spent", "posterior_bound", "steps_done", "n_test", "seconds") or c.startswith("ran_") and c[4:] in RAN]
     return table.assign(**{c: pd.to_numeric(table[c], errors="coerce") for c in number}, note=table.note.astype(object).where(table.note.notna(), ""))
 
-# %% ../nbs/12a_tables.ipynb #c82b6110
+# %% ../nbs/12a_tables.ipynb #4cfc2777
 GROUP = ("table", "model", "task", "track", "mechanism", "mi", "dp_epsilon", "ablation", "k", "lora_r", "lr", "clip", "steps", "m")
 
 def method(
@@ -221,7 +221,7 @@ def grouped(
         if b not in rows: raise ValueError(f"by: no field {b!r} in the rows; one of: {', '.join(rows.columns)}")
     return pd.DataFrame([_group(by, key, g) for key, g in rows.groupby(by, sort=False, dropna=False)])
 
-# %% ../nbs/12a_tables.ipynb #374c04c0
+# %% ../nbs/12a_tables.ipynb #3564029b
 @lru_cache(maxsize=1)
 def _reported():
     import pandas as pd
@@ -240,7 +240,7 @@ def reported_for(
     n = int(((c.table == r.table) & (c.model == r.model) & (c.task == r.task) & (c.track == r.track) & (c.mechanism == name) & (c.mi == r.mi)).sum())
     return dict(mean=float(r["mean"]), std=float(r["std"]), n=n, metric=r.metric, source=f"reported: {r.source}")
 
-# %% ../nbs/12a_tables.ipynb #3567966e
+# %% ../nbs/12a_tables.ipynb #c0c2297a
 NAMES = {"model": "model", "task": "task", "track": "track", "what": "method", "lora_r": "rank r", "lr": "learning rate", "clip": "clip c", "steps": "steps T", "k": "directions K", "mi": "budget (nats)", "posterior": "attack right, at most", "seed": "seed", "ablation": "signal"}
 
 def _spread(mean, std, n, planned):
@@ -264,7 +264,7 @@ def readable(
         if g["note"]: line["note"] = "; ".join(filter(None, (line.get("note"), g["note"])))
     return pd.DataFrame(lines.values()).fillna("").set_index(NAMES.get(fields[0], fields[0]))
 
-# %% ../nbs/12a_tables.ipynb #3054aabc
+# %% ../nbs/12a_tables.ipynb #9aa0e594
 def missing(
     rows, # from `results`
     shown:int=12, # up to so many cells are named; beyond that the whole table is (a sweep passes over what is finished)
@@ -283,7 +283,7 @@ def missing(
     notes = rows[(rows.status == "finished") & (rows.note != "")]
     return "\n".join(out + [f"note, {r.set} {r.run_id}: {r.note}" for r in notes.itertuples()])
 
-# %% ../nbs/12a_tables.ipynb #cd258318
+# %% ../nbs/12a_tables.ipynb #7f7cd0a2
 @dataclass(frozen=True, kw_only=True)
 class Match:
     "Whether a run lies where it should."
@@ -310,7 +310,7 @@ def band(
     half = math.hypot(seeds, ndtri((1 + level) / 2) * standard_error)
     return max(0.0, mean - half), min(100.0, mean + half)
 
-# %% ../nbs/12a_tables.ipynb #03b2cf3a
+# %% ../nbs/12a_tables.ipynb #85c2bacc
 def own_run(
     folder, # of a finished run, a cell of the paper or not
 )->dict:
@@ -342,9 +342,9 @@ def _verdict(score, k, mean, std, n, n_test, error, level, source):
     band_ = f"{low:.1f} to {high:.1f} %, the {100 * level:g} % band that {'seeds explain' if known else 'the test sets alone explain'}"
     if known and error: band_ += f" together with the test sets' error of {error:.1f} points"
     tail = "" if known or inside else "; whether seeds explain the rest cannot be said"
-    return Match(verdict="inside" if inside else "outside" if known else "undecided", score=score, low=low, high=high, text=f"{us} lies {'inside' if inside else 'outside'} {band_} ({why}){tail}")
+    return Match(verdict="inside" if inside else "outside" if known else "undecided", score=float(score), low=float(low), high=float(high), text=f"{us} lies {'inside' if inside else 'outside'} {band_} ({why}){tail}")
 
-# %% ../nbs/12a_tables.ipynb #2a73ab56
+# %% ../nbs/12a_tables.ipynb #1e52982f
 def matches(
     run, # a finished row of `results`, several seeds of one cell (DataFrame), or a run's folder
     others=None, # finished rows of other seeds to compare with; None: the reported value
@@ -367,7 +367,7 @@ def matches(
     std = math.sqrt(math.fsum((s - mean) ** 2 for s in scores) / (n - 1)) if n > 1 else math.nan
     return _verdict(score, k, mean, std, n, ref[0]["n_test"], 0.0 if n > 1 else math.hypot(error, ref[0]["standard_error"]), level, "own seeds")
 
-# %% ../nbs/12a_tables.ipynb #3e9e2436
+# %% ../nbs/12a_tables.ipynb #1e95f599
 LEGEND = {"dpzero": "DPZero", "dp-aggzo": "DP-AggZO", "nonprivate": figures.LABELS["raw_full"]} | figures.LABELS
 COLOURS = {"dpzero": "#CC79A7", "dp-aggzo": "#E69F00"} | figures.COLOURS
 
@@ -416,7 +416,7 @@ def titled(which:str, title:str)->str:
     "A figure's title, with a miniature's warning."
     return title + ("\ntiny-opt miniature: says nothing of the paper's models" if which == "miniature" else "")
 
-# %% ../nbs/12a_tables.ipynb #a5ddad66
+# %% ../nbs/12a_tables.ipynb #3918e3e8
 def draw(
     ax, # matplotlib axes
     g, # groups of one curve, from `grouped`
@@ -457,7 +457,7 @@ def draw_reported(
         name = "nonprivate" if v.mechanism.startswith("nonprivate") else v.mechanism
         ax.axhline(v.mean, ls="--", lw=1.2, color=colour(name), label=f"reported ({model}, {track}): {'MeZO' if name == 'nonprivate' else 'ZPL'} {v.mean:g} %")
 
-# %% ../nbs/12a_tables.ipynb #8ba6a78f
+# %% ../nbs/12a_tables.ipynb #fb84c77d
 def save(
     fig, # matplotlib figure
     groups, # the numbers in it
