@@ -242,3 +242,18 @@ def test_a_cell_with_another_mechanism():
     assert (r.dp_epsilon, r.m, r.k) == (2.0, None, 1)
     r, _ = choose_recipe("dpzero_sst2_1p3b_ft_eps1p0_K1_T20k", mechanism="zpl")
     assert (r.dp_epsilon, r.m, r.mechanism) == (None, 126, "zpl")
+
+
+def test_tables_and_figures_take_them(task, tmp_path):
+    import matplotlib; matplotlib.use("Agg")
+    from paczero import experiment, figures, publish
+    runs = [go(m, task, tmp_path / n) for n, m in (("dp", DPZero(**PLAN)), ("small", NonPrivate(batch=8)), ("zpl", ZPL()))]
+    for r in runs: figures.plot_run(r, runs[-1])
+    figures.plot_scores(runs)
+    table, bad = figures.collect(tmp_path)
+    assert not bad and len(table) == 3 and set(figures.summarise(table)["I(S*; Y), nats"]) == {"0", "not private", f"– (ε = {runs[0].metrics['epsilon_spent']:.3g})"}
+    assert any("DPZero (ε = 2)" in x for x in figures.readable_scores(runs).index) and "batches of 8" in figures.method_label(runs[1].metrics["mechanism"])
+    assert "ε = " in experiment.release_summary(runs[0]).loc["spent"].iloc[0] and "differentially private" in publish.model_card(runs[0])
+    recipe = paper.recipe_for(mechanism="dp-aggzo", seed=3, n_train=500)
+    beside = experiment.reference_recipe(recipe)
+    assert (beside.mechanism, beside.steps, beside.seed, beside.n_train, beside.k) == ("nonprivate", 150, 3, 500, 1)
