@@ -6,13 +6,13 @@
 __all__ = ['PATIENCE', 'OPTIONS', 'shares', 'Share', 'Team', 'theta_digest', 'LeadTheta', 'LeadObjective', 'launched', 'join',
            'together', 'main']
 
-# %% ../nbs/08c_parallel.ipynb #a3880dc6
+# %% ../nbs/08c_parallel.ipynb #fb0a3ed4
 import hashlib, json, os, sys, time
 from contextlib import contextmanager
 import numpy as np
 from fastcore.basics import patch
 
-# %% ../nbs/08c_parallel.ipynb #cb28d2f1
+# %% ../nbs/08c_parallel.ipynb #39844c03
 def shares(
     lengths, # (n,) length of each example, in any unit
     size:int, # how many processes
@@ -23,7 +23,7 @@ def shares(
     who = np.minimum(turn, 2 * size - 1 - turn)
     return [np.sort(order[who == r]) for r in range(size)]
 
-# %% ../nbs/08c_parallel.ipynb #e8fc5d5e
+# %% ../nbs/08c_parallel.ipynb #3f2c378f
 class Share:
     "One rank's part of a set of examples."
     def __init__(self,
@@ -46,7 +46,7 @@ class Share:
         local = None if rows is None else np.flatnonzero(np.isin(self.rows, rows))
         return self.objective.losses(local).double().cpu().numpy()
 
-# %% ../nbs/08c_parallel.ipynb #2e84e0e6
+# %% ../nbs/08c_parallel.ipynb #ff74f002
 PATIENCE = 1800. # seconds that one process waits for another
 
 class Team:
@@ -73,7 +73,7 @@ class Team:
         except (TimeoutError, ChildProcessError): raise
         except RuntimeError as e: raise ConnectionError(f"rank {self.rank} no longer reaches rank 0, which is gone ({str(e)[:80]})") from None
 
-# %% ../nbs/08c_parallel.ipynb #bbd678e3
+# %% ../nbs/08c_parallel.ipynb #6cedab4f
 @patch
 def tell(self:Team, what:str, *args):
     "Rank 0: a command to all others; returns at once."
@@ -108,7 +108,7 @@ def answer(self:Team, data): # bytes or str
     "The others: answer the command that was heard last."
     self.store.set(f"answer {self.read - 1} {self.rank}", data)
 
-# %% ../nbs/08c_parallel.ipynb #ef1b9d46
+# %% ../nbs/08c_parallel.ipynb #0c8a894c
 def theta_digest(
     params, # tensors
 )->str: # 64 hexadecimal digits
@@ -146,7 +146,7 @@ class LeadObjective:
         "Real tokens that one pass over all shares reads."
         return self.share.objective.tokens + sum(int(a) for a in self.team.ask("tokens", self.name))
 
-# %% ../nbs/08c_parallel.ipynb #56da0273
+# %% ../nbs/08c_parallel.ipynb #0b33d873
 @patch
 def losses(self:LeadObjective, rows=None): # (n,) float64 tensor, or (b,)
     "The loss of every example, in the order of the examples (or of `rows`), each from the rank that has it."
@@ -167,7 +167,7 @@ def evaluate(self:LeadObjective)->dict: # as the objective's own
     weights = [len(rows) for rows in self.share.all]
     return {k: float(np.average([mine[k]] + [a["scores"][k] for a in theirs], weights=weights)) for k in mine}
 
-# %% ../nbs/08c_parallel.ipynb #06d5916d
+# %% ../nbs/08c_parallel.ipynb #96e75b70
 @patch
 def follow(self:Team,
     theta, # this rank's Theta
@@ -217,7 +217,7 @@ def settle(self:Team, model, params):
     self.tell("weights"); self.spread(params)
     _different(weights_digest(model), [a.decode() for a in self.ask("digest")], "final weights")
 
-# %% ../nbs/08c_parallel.ipynb #93d94cce
+# %% ../nbs/08c_parallel.ipynb #091a3208
 @patch
 def leave(self:Team, error):
     "Say that it is over, and why: of rank 0's errors only the kind, for rank 0 holds the secret."
@@ -228,7 +228,7 @@ def leave(self:Team, error):
             self._wait([f"answer {self.sent - 1} {r}" for r in self.others], "the others", patience=5)      # let them read it, as this process serves the store
     except Exception: pass          # nobody there to hear it: the error itself is on its way
 
-# %% ../nbs/08c_parallel.ipynb #2f822bbf
+# %% ../nbs/08c_parallel.ipynb #b11b49c9
 def launched()->bool:
     "Whether this process was started as one of several."
     from torch import distributed
@@ -265,7 +265,7 @@ def together(
         raise
     if team is not None and team.rank == 0: team.ask("end")
 
-# %% ../nbs/08c_parallel.ipynb #8a88b46b
+# %% ../nbs/08c_parallel.ipynb #07b9ee87
 OPTIONS = ("cell", "device", "data_path", "run_id", "results_dir", "save_weights")
 
 def _parse(argv)->dict:
@@ -310,5 +310,5 @@ def main(
     from torch import distributed
     if distributed.is_initialized(): distributed.destroy_process_group()
 
-# %% ../nbs/08c_parallel.ipynb #acd031e7
+# %% ../nbs/08c_parallel.ipynb #36e60071
 if __name__ == "__main__" and "ipykernel" not in sys.modules: main()
