@@ -152,7 +152,7 @@ def cell(
 TINY = dict(model="tiny-opt", task="reviews", lr=2e-3, steps=150, m=126, eval_every=25, source="tuned for tiny-opt on its development set (CHANGELOG.md)")
 TINY_LR = {"raw_full": 4e-4, "raw_half": 4e-4}      # raw means are larger than signs, so their steps are shorter
 # Differentially private: clip = 3/4 quantile of an example's norm on the development set before training; T for 300,000 examples forwarded, as ZPL's 150 steps of 2 · 1000; six looks at the development set, as ZPL
-TINY_DP = {"dpzero": dict(lr=1e-4, clip=20.0, steps=2340, eval_every=390, k=1), "dp-aggzo": dict(lr=6e-3, clip=4.0, steps=36, eval_every=6, k=64)}
+TINY_DP = {"dpzero": dict(lr=1e-4, clip=20.0, steps=2340, eval_every=390, k=1), "dp-aggzo": dict(lr=2e-3, clip=4.0, steps=36, eval_every=6, k=64)}
 _DP_COMMON = dict(dp_epsilon=2.0, dp_delta=1e-5, sample_rate=0.064, m=None, lr_schedule="constant")
 HEADLINE = {"opt-1.3b": "sst2_1p3b_ft_paczpl_s0", "opt-6.7b": "sst2_6p7b_lora_paczpl_s0"}
 _SIZES = {"opt-125m": 0.125, "opt-350m": 0.35, "opt-1.3b": 1.3, "opt-2.7b": 2.7, "opt-6.7b": 6.7, "opt-13b": 13, "opt-30b": 30, "opt-66b": 66}
