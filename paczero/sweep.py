@@ -6,19 +6,17 @@
 __all__ = ['SETS', 'COLUMNS', 'select', 'set_folder', 'steps_done', 'state', 'plan', 'measured', 'probe', 'cost', 'cost_text',
            'find_notebook', 'job', 'run_cell', 'Board', 'cores', 'gpus', 'sweep', 'status']
 
-# %% ../nbs/14_sweep.ipynb #2027427e
-import json, math, os, queue, re, shutil, subprocess, sys, threading, time
+# %% ../nbs/14_sweep.ipynb #2513aa63
+import json, math, os, queue, re, subprocess, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from . import __version__, paper
 from .experiment import MINIATURE, PARAMETERS, cell_recipe, choose_device, choose_recipe, memory_needed, results_folder, with_dtype
 from .finetune import _check, _is_number, _write_atomically
-from .progress import clock, in_notebook
 
-# %% ../nbs/14_sweep.ipynb #93a2e106
+# %% ../nbs/14_sweep.ipynb #ce995a54
 SETS = ("paper", "miniature")
 
 def _known(what, value, known):
@@ -46,7 +44,7 @@ def select(
     if not keep.any(): raise ValueError(f"no cell is selected: cells={cells}, tables={tables} and where={where} have none in common; see paczero.paper.cells()")
     return table[keep].reset_index(drop=True)
 
-# %% ../nbs/14_sweep.ipynb #910a93b8
+# %% ../nbs/14_sweep.ipynb #731662f0
 def set_folder(
     set:str="paper", # "paper" or "miniature"
     results_dir=None, # a folder that holds runs/; None: results/ or results/miniature/ of the project
@@ -71,7 +69,7 @@ def state(
     if (folder/"failed.json").exists(): return "failed"
     return "unfinished" if (folder/"config.json").exists() else "missing"
 
-# %% ../nbs/14_sweep.ipynb #f54db76e
+# %% ../nbs/14_sweep.ipynb #6fd0f3c3
 COLUMNS = ("model", "task", "track", "mechanism", "steps", "k", "n_train", "seed")
 
 def _recipe(name, overrides):
@@ -99,7 +97,7 @@ def plan(
     out.attrs = dict(set=set, results_dir=str(set_folder(set, results_dir)), overrides=overrides)
     return out
 
-# %% ../nbs/14_sweep.ipynb #80daf3d1
+# %% ../nbs/14_sweep.ipynb #757174a1
 def _json(file):
     try: out = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
@@ -127,7 +125,7 @@ def measured(
         except (KeyError, TypeError): continue      # not a run of this library's: it tells nothing
     return pd.DataFrame(rows, columns=["model", "task", "track", "share", "forward", "rest", "bytes"])
 
-# %% ../nbs/14_sweep.ipynb #d5e4d165
+# %% ../nbs/14_sweep.ipynb #486285a9
 def probe(
     recipe, # a Recipe
     device:str="cpu",
@@ -148,7 +146,7 @@ def probe(
     objective.losses(); start = time.perf_counter(); float(objective.losses().sum())
     return (time.perf_counter() - start) / len(task.pool)
 
-# %% ../nbs/14_sweep.ipynb #7983a310
+# %% ../nbs/14_sweep.ipynb #c00a070d
 def cost(
     planned, # from `plan`
     device:str=None, # None: a GPU where there is one
@@ -185,12 +183,13 @@ def _data_path(data, task):
     if not folder.is_dir(): raise FileNotFoundError(f"data={str(data)!r} has no folder {task!r}: give the folder that holds sst2/ and squad/, each with train.* and validation.*")
     return folder
 
-# %% ../nbs/14_sweep.ipynb #966832b9
+# %% ../nbs/14_sweep.ipynb #a354b545
 def cost_text(
     costed, # from `cost`
     workers:int=1, # cells at a time
 )->str:
     "What a sweep will cost, in words."
+    from paczero.progress import clock
     todo = costed[~costed.estimate.isin(("finished", "cannot run"))]
     size, out = costed.attrs.get("bytes", math.nan), []
     out.append(f"{len(costed)} cells ({costed.attrs['set']}) on {costed.attrs['device']}: {(costed.state == 'finished').sum()} finished, {len(todo)} to run"
@@ -207,7 +206,7 @@ def cost_text(
     if len(todo): out.append(f"disk: about {size * len(todo) / 2**20:,.0f} MiB (measured in finished runs)" if not math.isnan(size) else "disk: unknown, not measured")
     return "\n".join(out + [f"  cannot run: {r.run_id}: {r.why}" for r in costed[costed.estimate == "cannot run"].head(3).itertuples()])
 
-# %% ../nbs/14_sweep.ipynb #34535698
+# %% ../nbs/14_sweep.ipynb #7455003a
 def find_notebook(
     path=None, # None: nbs/run_experiment.ipynb of the project this runs in, or of the one that the package lies in
 )->Path:
@@ -236,7 +235,7 @@ def job(
     return dict(run_id=row.run_id, home=str(home), notebook=str(find_notebook(notebook)), parameters=parameters, about=about, why=row.why, steps=row.recipe.steps if row.recipe else 0,
                 device=device, env={k: str(v) for k, v in dict(OMP_NUM_THREADS=threads, CUDA_VISIBLE_DEVICES=gpu).items() if v is not None})
 
-# %% ../nbs/14_sweep.ipynb #6d55a9cd
+# %% ../nbs/14_sweep.ipynb #bcadb040
 def _watch_stdin():
     "End this process, and its kernel, as soon as the one that started it is gone."
     import psutil
@@ -264,7 +263,7 @@ def _child():
 
 def _plain(text): return re.sub(r"\x1b\[[0-9;]*m", "", str(text)).strip()
 
-# %% ../nbs/14_sweep.ipynb #df0f60a9
+# %% ../nbs/14_sweep.ipynb #79d3cf6a
 def _fail(folder, exception, message, last_lines=()):
     "Write down why a cell did not finish."
     out = dict(run_id=folder.name, exception=exception, message=message, last_lines=list(last_lines), when=datetime.now(timezone.utc).isoformat(timespec="seconds"), version=__version__)
@@ -287,7 +286,7 @@ def _refusal(j, folder):
     try: check_memory(memory_needed(recipe, device), device)
     except MemoryError as e: return _fail(folder, "MemoryError", str(e))
 
-# %% ../nbs/14_sweep.ipynb #8c961be6
+# %% ../nbs/14_sweep.ipynb #71049ebf
 def _busy(folder, seconds=10):
     "Whether another process holds the run's folder, and does not let go in a while (a killed kernel's memory takes a moment to go)."
     from filelock import FileLock, Timeout
@@ -337,7 +336,7 @@ def _outcome(folder, code, out, err):
     (folder/"failed.json").unlink(missing_ok=True)
     return dict(run_id=folder.name, outcome="finished", why="")
 
-# %% ../nbs/14_sweep.ipynb #33513f1b
+# %% ../nbs/14_sweep.ipynb #60061007
 class Board:
     "Shows where a sweep stands: a line at every change and every `seconds`; in a notebook also a bar, updated in place."
     def __init__(self, jobs, work, runs, seconds=60., file=None):
@@ -351,6 +350,7 @@ class Board:
 
     def line(self)->str:
         "Where it stands, in one line."
+        from paczero.progress import clock
         n = {o: sum(r["outcome"] == o for r in self.results) for o in ("finished", "failed")}
         did = sum(self.work[r["run_id"]] for r in self.results if r["outcome"] == "finished") + sum(self.work[i] * self.share(i) for i in self.running)
         todo = sum(self.work[i] for i in self.jobs if i not in {r["run_id"] for r in self.results}) - sum(self.work[i] * self.share(i) for i in self.running)
@@ -360,11 +360,17 @@ class Board:
 
     def show(self, text=None):
         "A line, if one is due; `text` says what has just happened."
+        from paczero.progress import in_notebook
         now = time.monotonic()
         if in_notebook(): self._update()
         if text is None and now - self.last < self.seconds: return
         self.last = now
         print(f"sweep: {self.line()}{' · ' + text if text else ''}", file=self.file or sys.stdout, flush=True)
+
+    def add(self, r):
+        "A cell has ended."
+        from paczero.progress import clock
+        self.results.append(r); self.show(f"{r['run_id']} {r['outcome']}{': ' + r['why'] if r['why'] else ''} ({clock(r['seconds'])})")
 
     def _update(self):
         import html
@@ -375,7 +381,7 @@ class Board:
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
 
-# %% ../nbs/14_sweep.ipynb #148e6a24
+# %% ../nbs/14_sweep.ipynb #d8adda07
 def cores()->int:
     "CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -395,7 +401,7 @@ def _places(workers, device):
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, cores() // n)
     return [(threads, cards[i % len(cards)] if len(cards) > 1 else None) for i in range(n)]
 
-# %% ../nbs/14_sweep.ipynb #631a73cf
+# %% ../nbs/14_sweep.ipynb #71a42735
 def _locally(jobs, places, board):
     "Run jobs on this machine, `len(places)` at a time."
     free, stop = queue.Queue(), threading.Event()
@@ -420,11 +426,10 @@ def _collect(waiting, board):
     while waiting:
         done, waiting = wait(waiting, 1, FIRST_COMPLETED)
         for f in done:
-            board.results.append(r := f.result())
-            board.show(f"{r['run_id']} {r['outcome']}{': ' + r['why'] if r['why'] else ''} ({clock(r['seconds'])})")
+            board.add(f.result())
         board.show()
 
-# %% ../nbs/14_sweep.ipynb #3f38e9f5
+# %% ../nbs/14_sweep.ipynb #d840028b
 def _on_cluster(jobs, scheduler, board):
     "Run jobs on the workers of a dask.distributed cluster."
     try: from distributed import Client, as_completed
@@ -438,11 +443,11 @@ def _on_cluster(jobs, scheduler, board):
             for f in as_completed(futures, raise_errors=False):
                 try: r = f.result()
                 except Exception as e: r = dict(_fail(board.runs/futures[f], type(e).__name__, str(e)), seconds=0.)       # the worker itself was lost
-                board.results.append(r); board.show(f"{r['run_id']} {r['outcome']}{': ' + r['why'] if r['why'] else ''} ({clock(r['seconds'])})")
+                board.add(r)
         except KeyboardInterrupt:
             client.cancel(list(futures)); print("\nsweep: stopped; what runs on a worker runs to its end, nothing new begins", flush=True)
 
-# %% ../nbs/14_sweep.ipynb #91abf2ca
+# %% ../nbs/14_sweep.ipynb #6fa9d34a
 def sweep(
     planned, # from `plan`
     *,
@@ -469,7 +474,7 @@ def sweep(
             dict(run_id=i, outcome="finished before" if state(runs/i) == "finished" else "stopped", why="", seconds=0.) for i in planned.run_id]
     return pd.DataFrame(rows)
 
-# %% ../nbs/14_sweep.ipynb #9c3fa614
+# %% ../nbs/14_sweep.ipynb #f1bb81e5
 def status(
     set:str="paper", # "paper" or "miniature"
     results_dir=None, # as for `set_folder`

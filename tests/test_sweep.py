@@ -13,13 +13,10 @@ SMALL = dict(n_train=24, n_dev=8, n_eval=8, m=8, steps=4)
 SET = ["--set", ",".join(f"{k}={v}" for k, v in SMALL.items())]
 
 
-def command(*args): return [sys.executable, "-m", "paczero", *map(str, args)]
-
-
-def env(tmp): return dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PACZERO_STATE_DIR=str(tmp / "state"), PYTHONPATH=str(ROOT))
-
-
-def begin(tmp, *args): return subprocess.Popen(command("sweep", *args, "--yes"), cwd=ROOT, env=env(tmp), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def begin(tmp, *args):
+    "A sweep in a process of its own."
+    env = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PACZERO_STATE_DIR=str(tmp / "state"), PYTHONPATH=str(ROOT))
+    return subprocess.Popen([sys.executable, "-m", "paczero", "sweep", *map(str, args), "--yes"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(condition, seconds=120):
@@ -70,13 +67,13 @@ def test_the_list_and_mistakes(capsys):
     for args in (["sweep", "--where", "mechanism"], ["sweep", "--workers", "0"], ["swep"]):
         with pytest.raises(SystemExit) as e: main(args)
         assert e.value.code == 2
-    done = subprocess.run(command("status", "--miniature", "--results-dir", "/nonexistent"), cwd=ROOT, env=env(ROOT / "none"), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "0 of 143 cells finished" in done.stdout, done.stderr
+    assert main(["status", "--miniature", "--results-dir", "/nonexistent"]) == 0 and "0 of 143 cells finished" in capsys.readouterr().out
 
 
-def test_nothing_starts_unconfirmed(tmp_path):
-    done = subprocess.run(command("sweep", "--cell", CELLS[0], "--miniature", "--results-dir", tmp_path, "--device", "cpu", "--no-probe"), cwd=ROOT, env=env(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "--yes" in done.stderr and not (tmp_path / "runs").exists()
+def test_nothing_starts_unconfirmed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    assert main(["sweep", "--cell", CELLS[0], "--miniature", "--results-dir", str(tmp_path), "--device", "cpu", "--no-probe"]) == 2
+    assert "--yes" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_a_failure_is_written_down_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
