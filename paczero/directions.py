@@ -6,12 +6,12 @@
 __all__ = ['PIECE', 'SCHEDULES', 'KEEP', 'direction_seed', 'direction', 'z_fingerprint', 'learning_rate', 'Theta',
            'peak_extra_bytes']
 
-# %% ../nbs/03_directions.ipynb #f6b7c226
+# %% ../nbs/03_directions.ipynb #43784f29
 import hashlib, math, os
 import torch
 from fastcore.basics import patch
 
-# %% ../nbs/03_directions.ipynb #2beb6871
+# %% ../nbs/03_directions.ipynb #46b535c9
 def direction_seed(
     seed:int, # the run's public seed, >= 0
     step:int, # t, counted from 0
@@ -24,7 +24,7 @@ def direction_seed(
     digest = hashlib.sha256(f"paczero direction {seed} {step} {k}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
-# %% ../nbs/03_directions.ipynb #47191008
+# %% ../nbs/03_directions.ipynb #fddc4fd4
 PIECE = 1 << 15 # numbers, a multiple of 16: 128 KiB of z
 
 def _spans(p): # yields (start, stop)
@@ -48,7 +48,7 @@ def direction(
         for a, b in _spans(p): z.view(-1)[a:b].normal_(generator=gen)
         yield z
 
-# %% ../nbs/03_directions.ipynb #0382d655
+# %% ../nbs/03_directions.ipynb #44000059
 def z_fingerprint(
     seed:int, # the run's public seed
     device="cpu", # where the trainable parameters live
@@ -59,7 +59,7 @@ def z_fingerprint(
     for z in direction(probes, direction_seed(seed, 0)): h.update(z.cpu().numpy().astype("<f4").tobytes())
     return h.hexdigest()[:32]
 
-# %% ../nbs/03_directions.ipynb #619ca230
+# %% ../nbs/03_directions.ipynb #9c81b4ef
 SCHEDULES = ("polynomial-to-zero", "constant")
 
 def learning_rate(
@@ -74,7 +74,7 @@ def learning_rate(
     if schedule != "polynomial-to-zero": raise ValueError(f"lr_schedule must be one of {SCHEDULES}, got {schedule!r}")
     return (lr - end) * (1 - step / steps) + end if lr > end else lr
 
-# %% ../nbs/03_directions.ipynb #2151d123
+# %% ../nbs/03_directions.ipynb #a96c09de
 KEEP = 1 << 26 # bytes of z that may stay from move to move within a step: 64 MiB
 
 def _blocks(params): # list of blocks, each a list of (parameter's index, start, stop)
@@ -113,7 +113,7 @@ class Theta:
         "How many numbers the point has."
         return sum(p.numel() for p in self.params)
 
-# %% ../nbs/03_directions.ipynb #e44114fd
+# %% ../nbs/03_directions.ipynb #d4f9e2c5
 @patch
 def _draw(self:Theta, step, k):
     "Draw z: one list of float32 tensors for each block."
@@ -136,7 +136,7 @@ def _times(alpha, zs, kept): # list of tensors
     torch._foreach_mul_(zs, alpha)
     return zs
 
-# %% ../nbs/03_directions.ipynb #27a8d05a
+# %% ../nbs/03_directions.ipynb #cc966796
 @patch
 def _write(self:Theta, block, dz):
     "θ' ← θ + dz for one block, added in float32 (or wider) and rounded once."
@@ -154,7 +154,7 @@ def move(self:Theta,
     for block, zs in zip(self.blocks, z): self._write(block, _times(alpha, zs, isinstance(z, list)))
     self.at = to
 
-# %% ../nbs/03_directions.ipynb #e0f873d9
+# %% ../nbs/03_directions.ipynb #9aa8e3ec
 @patch
 @torch.no_grad()
 def restore(self:Theta,
@@ -183,7 +183,22 @@ def update(self:Theta,
         if self.home: torch._foreach_copy_(_views(self.home, block), _views(self.params, block))
     self.at = 0
 
-# %% ../nbs/03_directions.ipynb #69b4ad5d
+# %% ../nbs/03_directions.ipynb #393c5750
+@patch
+@torch.no_grad()
+def surviving(self:Theta,
+    step:int, # t
+    coefficients, # as for `update`
+)->float: # 1: all of it; 0: nothing moves
+    "How much of an update is left after rounding, along its direction (of the first block of parameters)."
+    zs = [next(iter(self._z(step, k))) for k in range(len(coefficients))]
+    wanted, got = 0., 0.
+    for h, *z in zip(_views(self.home or self.params, self.blocks[0]), *zs):
+        d = sum(-a * x for a, x in zip(coefficients, z))
+        wanted += d.square().sum().item(); got += ((h + d).to(h.dtype).float() - h.float()).mul(d).sum().item()
+    return got / wanted if wanted else 1.
+
+# %% ../nbs/03_directions.ipynb #9bd2845b
 def peak_extra_bytes(
     f, # () -> anything: what is measured; its result is dropped while the meter runs
     device="cpu", # whose memory

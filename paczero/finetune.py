@@ -7,7 +7,7 @@ __all__ = ['FineTuneConfig', 'Runtime', 'differences', 'config_differences', 'Ru
            'FineTuneResult', 'evaluations_frame', 'history_frame', 'versions', 'peak_memory', 'describe_model',
            'finetune', 'load_result']
 
-# %% ../nbs/08_finetune.ipynb #3aba94e9
+# %% ../nbs/08_finetune.ipynb #bf875a98
 import json, math, os, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,14 +19,14 @@ from .subsets import KINDS, SubsetDesign
 from .transcript import (FORMAT, ChainedLog, Transcript, TranscriptError, canonical, coefficients, lock_folder,
                                 take_step, weights_digest)
 
-# %% ../nbs/08_finetune.ipynb #249f82e0
+# %% ../nbs/08_finetune.ipynb #ab05bf0f
 def _check(ok, name, value, need):
     if not ok: raise ValueError(f"{name} must be {need}, got {value!r}")
 
 def _is_number(v, whole=False):
     return not isinstance(v, bool) and isinstance(v, (int, np.integer) if whole else (int, float, np.number)) and abs(v) <= 1.7e308
 
-# %% ../nbs/08_finetune.ipynb #1dc716d7
+# %% ../nbs/08_finetune.ipynb #c8445514
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
     "What is run: all that decides, with the secret and the data, which bits come out."
@@ -73,7 +73,7 @@ class Runtime:
     parallel:bool = True # share the work among the processes that torchrun or accelerate started; False: this process alone
     patience:float = 1800. # seconds that one of several processes waits for another
 
-# %% ../nbs/08_finetune.ipynb #5f9090d9
+# %% ../nbs/08_finetune.ipynb #0f91dc8d
 def differences(
     theta:Theta, # the trainable parameters, at θ; afterwards at θ − εz of the last direction (`update` or `restore` take it from there)
     losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand (n may be 0: an empty Poisson batch)
@@ -93,7 +93,7 @@ def differences(
         f"The weights have probably run away: try a smaller lr, or float32 in place of {theta.params[0].dtype}")
     return ghat, float(total)
 
-# %% ../nbs/08_finetune.ipynb #9027f1f8
+# %% ../nbs/08_finetune.ipynb #c21402dd
 def _write_atomically(path, text:str):
     "Write a whole file or none of it: beside it first, synced, then renamed."
     path = Path(path); part = path.with_name(path.name + ".part")
@@ -113,7 +113,7 @@ def config_differences(
         elif a != b: out.append(f"{prefix}{k}: {a!r} -> {b!r}")
     return out
 
-# %% ../nbs/08_finetune.ipynb #4db4e5d7
+# %% ../nbs/08_finetune.ipynb #665fdaea
 def _check_ledger(entries, path):
     "Refuse a ledger with a line that `finetune` does not write."
     t = 0
@@ -189,7 +189,7 @@ def released(
     "What the world sees of a step."
     return [int(r["scalar"]) if r["scalar"] in (1, -1) else r["scalar"] for r in records]
 
-# %% ../nbs/08_finetune.ipynb #0974e6f8
+# %% ../nbs/08_finetune.ipynb #419f50e3
 def secret_file(
     folder, # the run's folder
 ):
@@ -211,7 +211,7 @@ def _hold_secret(mechanism, folder, resumed:bool):
         "What it released stays released; add its ledger to whatever you do next with this pool")
     else: mechanism.load_secret(file)
 
-# %% ../nbs/08_finetune.ipynb #62545616
+# %% ../nbs/08_finetune.ipynb #7410ec87
 @dataclass(frozen=True, kw_only=True)
 class FineTuneResult:
     "A finished run."
@@ -259,7 +259,7 @@ def peak_memory(device)->int: # bytes
     except ImportError: return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_finetune.ipynb #aa1bdea5
+# %% ../nbs/08_finetune.ipynb #af4595e2
 def describe_model(model)->dict:
     "The model as the transcript names it: no path of this machine, but a digest of every weight."
     from paczero.models import trainable_parameters
@@ -274,6 +274,11 @@ def describe_model(model)->dict:
         out |= dict(lora_rank=c.r, lora_alpha=c.lora_alpha, lora_targets=sorted(c.target_modules), **{k: v for k, v in getattr(model, "paczero", {}).items() if k == "lora_seed"})
     return out
 
+def _source(model)->dict:
+    "Where the weights came from, unless that is a folder of this machine."
+    source = getattr(model, "paczero", {}).get("source", "")
+    return {} if not source or source.startswith("folder ") else dict(source=source)
+
 def _describe(model, task, mechanism, config, design):
     "(config.json, the transcript's first line)"
     import torch
@@ -281,10 +286,10 @@ def _describe(model, task, mechanism, config, design):
     device = trainable_parameters(model)[0][1].device
     directions = dict(seed=int(config.seed), device=device.type, torch=torch.__version__.split("+")[0], z=z_fingerprint(int(config.seed), device))
     shared = dict(model=describe_model(model), design=design.to_dict(), mechanism=mechanism.describe(), directions=directions)
-    full = dict(shared, recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions())
+    full = dict(shared, recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions(), **_source(model))
     return full, dict(shared, format=FORMAT, update=config.update)
 
-# %% ../nbs/08_finetune.ipynb #0b569b7e
+# %% ../nbs/08_finetune.ipynb #5295ff44
 class _Callbacks:
     "The `transformers` callback protocol around this loop."
     def __init__(self, callbacks, model, tokenizer, config, runtime, folder, device):
@@ -313,7 +318,7 @@ class _Callbacks:
         if self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], self.state.global_step
 
-# %% ../nbs/08_finetune.ipynb #af4c0d62
+# %% ../nbs/08_finetune.ipynb #6d302c5b
 class _Best:
     "The step with the lowest development loss, and the weights there."
     def __init__(self, theta, select): self.theta, self.select, self.step, self.loss, self.weights = theta, select, 0, math.inf, None
@@ -328,7 +333,7 @@ class _Best:
         with torch.no_grad():
             for p, w in zip(self.theta.params, self.weights or []): p.copy_(w)
 
-# %% ../nbs/08_finetune.ipynb #1104fefe
+# %% ../nbs/08_finetune.ipynb #fe0cb0ac
 def _objectives(model, tokenizer, task, runtime, team=None)->dict: # "pool", "dev", "test" -> objective
     "The task's objectives; with a team this rank's shares, and on rank 0 what brings them all together."
     from paczero.models import trainable_parameters
@@ -372,7 +377,16 @@ class _Run:
         lr = learning_rate(t, self.config.steps, self.config.lr, self.config.lr_schedule)
         self.clock += time.perf_counter() - start
         self.disk.write_step(t, releases, self._diagnostics(t, lr, ghat, loss))
-        self.theta.update(t, coefficients(t, [r.scalar for r in releases], self.config.update))
+        a = coefficients(t, [r.scalar for r in releases], self.config.update)
+        if t == 0: self._warn_of_rounding(a)
+        self.theta.update(t, a)
+
+    def _warn_of_rounding(self, a):
+        "A learning rate that the parameters' type rounds away is noticed at the first step."
+        dtype = self.theta.params[0].dtype
+        if dtype.itemsize < 4 and any(a) and (left := self.theta.surviving(0, a)) < .5:
+            import warnings
+            warnings.warn(f"lr={self.config.lr:g}: rounding to {str(dtype)[6:]} leaves {left:.0%} of the first update; a larger lr, or dtype='float32', keeps what was learned", stacklevel=2)
 
     def _diagnostics(self, t, lr, ghat, loss)->dict:
         "What the ledger keeps of a step beside its releases. Of a secret batch: nothing, and the time only now and then, for it tells the batch's size."
@@ -391,7 +405,7 @@ class _Run:
             if t + 1 in evals: self.best.see(t + 1, evals[t + 1])
         return len(steps)
 
-# %% ../nbs/08_finetune.ipynb #86db53ea
+# %% ../nbs/08_finetune.ipynb #f6478417
 @patch
 def evaluate_dev(self:_Run, at:int):
     "Look at the development set after `at` steps; written down, so that a resumed run need not look again."
@@ -426,7 +440,7 @@ def _logs(self:_Run)->dict:
     logs = dict(loss=d["loss"], mi_spent=self.mechanism.ledger.spent) if "loss" in d else {}     # nothing of a secret batch
     return logs | dict(learning_rate=d["lr"]) | (dict(unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent]))) if recent else {})
 
-# %% ../nbs/08_finetune.ipynb #96d8324c
+# %% ../nbs/08_finetune.ipynb #9102dd9c
 @patch
 def finish(self:_Run, before:dict)->FineTuneResult:
     "Choose, evaluate, write everything down."
@@ -472,7 +486,7 @@ def _metrics(self:_Run, before, after, transcript, history, evaluations, guarant
         peak_memory_bytes=peak_memory(self.device), device=self.device.type, cpus=os.cpu_count(), machine=platform.machine(),
         transcript_digest=transcript.digest, weights_digest=transcript.end["weights"], versions=versions())
 
-# %% ../nbs/08_finetune.ipynb #3da5edc5
+# %% ../nbs/08_finetune.ipynb #e7821b2f
 def finetune(
     model, # from `load_model`; changed in place
     tokenizer,
@@ -534,7 +548,7 @@ def before(self:_Run)->dict:
     self.disk.ledger.append({"test_before": scores, **({"stamp": self.mechanism.guarantee().stamp} if self.mechanism.audited else {})})
     return scores
 
-# %% ../nbs/08_finetune.ipynb #37fb718d
+# %% ../nbs/08_finetune.ipynb #1ced0e63
 def load_result(
     folder, # of a finished run
     model=None, # the base model: becomes the fine-tuned one by replay; None: the result comes without a model
