@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TASKS', 'SIZES', 'ZO_EPS', 'LR', 'CLIP', 'DP_STEPS', 'GRID', 'miniature_steps', 'miniature', 'tune', 'write_tuning']
 
-# %% ../nbs/11a_miniature.ipynb #b70b9995
+# %% ../nbs/11a_miniature.ipynb #2517f993
 from dataclasses import replace
 from . import paper
 from .paper import Recipe
 
-# %% ../nbs/11a_miniature.ipynb #804b3d0b
+# %% ../nbs/11a_miniature.ipynb #cecbd0f5
 TASKS = {"sst2": "reviews", "squad": "facts"}
 SIZES = {"reviews": dict(n_train=300, n_dev=250, n_eval=1000), "facts": dict(n_train=400, n_dev=100, n_eval=300)}
 ZO_EPS = {("reviews", "full"): 1e-3, ("reviews", "lora"): 1e-3, ("facts", "full"): 3e-2, ("facts", "lora"): 3e-2}
@@ -21,7 +21,7 @@ def miniature_steps(
     "The miniature's T: an affine map, so that a ladder of steps stays a ladder."
     return 30 + round(0.03 * steps)
 
-# %% ../nbs/11a_miniature.ipynb #39984cab
+# %% ../nbs/11a_miniature.ipynb #f3e5d742
 LR = {("reviews", "full", "sign"): 4e-3, ("reviews", "lora", "sign"): 4e-2, ("reviews", "lora", "raw"): 4e-2,
       ("facts", "full", "sign"): 4e-3, ("facts", "full", "raw"): 4e-3, ("facts", "lora", "sign"): 1e-2, ("facts", "lora", "raw"): 8e-2}
 CLIP = {("reviews", "full"): 50., ("reviews", "lora"): 2., ("facts", "full"): 25., ("facts", "lora"): 5.}      # stand for table 1's thresholds
@@ -36,7 +36,7 @@ def _rate_and_clip(base, task):
     tuned = LR[task, base.track, _signal(base)]
     return float(f"{tuned * ratio:.6g}"), None if base.clip is None else CLIP[task, base.track] * base.clip / clip
 
-# %% ../nbs/11a_miniature.ipynb #a8099063
+# %% ../nbs/11a_miniature.ipynb #a4aa096b
 DP_STEPS = {"dp-aggzo": 1000, "dpzero": 20000}      # T of most of the paper's rows
 
 def miniature(
@@ -51,7 +51,7 @@ def miniature(
     lr, clip = _rate_and_clip(base, task)
     return replace(base, model="tiny-opt", task=task, lr=lr, clip=clip, steps=miniature_steps(base.steps), zo_eps=ZO_EPS[task, base.track], eval_every=10, source=source, **SIZES[task])
 
-# %% ../nbs/11a_miniature.ipynb #e3fe9043
+# %% ../nbs/11a_miniature.ipynb #9d8e32a2
 GRID = {"sst2_1p3b_ft_paczpl_s0": (2e-3, 4e-3, 8e-3), "sst2_1p3b_lora_paczpl_s1": (1e-2, 2e-2, 4e-2, 8e-2), "mech_sst2_1p3b_lora_raw_full_T2000_s0": (5e-3, 1e-2, 2e-2, 4e-2),
         "squad_1p3b_ft_paczpl_s0": (1e-3, 2e-3, 4e-3, 8e-3), "squad_1p3b_lora_paczpl_s0": (5e-3, 1e-2, 2e-2),
         "nonpriv_squad_6p7b_ft_lr1em5_c100_T1000_s0": (4e-3, 8e-3, 1.6e-2), "nonpriv_squad_1p3b_lora_lr1em3_c25_T2000_s0": (2e-2, 4e-2, 8e-2)}

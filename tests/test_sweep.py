@@ -79,7 +79,7 @@ def test_nothing_starts_unconfirmed(tmp_path, capsys, monkeypatch):
 def test_a_failure_is_written_down_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
     good, bad = (tmp_path / "runs" / c for c in CELLS)
     bad.mkdir(parents=True); (bad / "config.json").write_text("{}")            # an unfinished run of another kind
-    args = ["--cell", *CELLS, "--miniature", "--results-dir", str(tmp_path), "--device", "cpu", "--no-probe", *SET]
+    args = ["--cell", *CELLS, "--miniature", "--results-dir", str(tmp_path), "--device", "cpu", "--no-probe", "--workers", "2", *SET]
     monkeypatch.setenv("PACZERO_STATE_DIR", str(tmp_path / "state"))
     assert main(["sweep", *args, "--yes"]) == 1
     out = capsys.readouterr().out
