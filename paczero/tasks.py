@@ -144,6 +144,7 @@ class TaskSpec:
     labels:object = None # raw label of each option, in their order; or a dict raw -> index; None: 0, 1, …
     answers:str = "answers" # column of the answers (generation): a string, a list, or SQuAD's {"text": [...]}
     uid:str = "" # column that identifies a row; "": its number
+    strip:bool = True # the prompt's columns lose the white space around them
     eval_splits:tuple[str, ...] = ("validation", "dev", "test") # the first that is there is the test set
     n_eval:int|None = None # test examples by default; None: all
     max_new_tokens:int = 50 # generation only
@@ -231,7 +232,7 @@ _VERDICT = (" terrible", " great")
 
 TASKS = {s.name: s for s in (
     TaskSpec(name="sst2", template="{sentence} It was", options=_VERDICT, uid="idx", hub="nyu-mll/glue", config="sst2"),
-    TaskSpec(name="squad", template=_QA, uid="id", hub="rajpurkar/squad", n_eval=1000),
+    TaskSpec(name="squad", template=_QA, uid="id", strip=False, hub="rajpurkar/squad", n_eval=1000),
     TaskSpec(name="reviews", template="{text} It was", options=_VERDICT, uid="uid"),
     TaskSpec(name="facts", template=_QA, uid="id"),
 )}
@@ -394,7 +395,7 @@ def _parse_answers(raw): # "x", ["x", "y"], {"text": [...]}, or the last two as 
 
 # %% ../nbs/04_tasks.ipynb #7466ebbb
 def _render(rows, targets, order, spec, split): # the rows in `order` as examples
-    fill = lambda row: spec.template.format(**{c: row[c].strip() for c in spec.fields})
+    fill = lambda row: spec.template.format(**{c: row[c].strip() if spec.strip else row[c] for c in spec.fields})
     uid = lambda i: f"{split}:{rows[i].get(spec.uid, i) if spec.uid else i}"
     make = (lambda t: dict(label=t)) if spec.options else (lambda t: dict(answers=t))
     return tuple(Example(prompt=fill(rows[i]), uid=uid(i), **make(targets[i])) for i in map(int, order))
