@@ -90,9 +90,10 @@ def memory_needed(
     "What the whole run needs in memory, from the model's configuration alone (a MemoryEstimate)."
     from paczero.models import estimate_memory
     from paczero.objectives import default_max_tokens
-    lora = dict(lora_rank=recipe.lora_rank) if recipe.track == "lora" else {}
+    from paczero.tasks import resolve_task
+    lora, generation = dict(lora_rank=recipe.lora_rank) if recipe.track == "lora" else {}, resolve_task(recipe.task).kind == "generation"
     return estimate_memory(recipe.model, track=recipe.track, dtype=recipe.dtype, restore=recipe.restore, best_copy=recipe.select == "best" and device == "cpu",
-                           tokens=default_max_tokens(device), generation=recipe.task in ("squad", "facts"), **lora)
+                           tokens=default_max_tokens(device, generation), generation=generation, **lora)
 
 # %% ../nbs/13_experiment.ipynb #bf719bf9
 def results_folder(

@@ -302,11 +302,11 @@ def estimate_memory(
     n = sum(trained)
     if track == "lora":
         trained = [lora_rank * k for m in _lora_modules(model, lora_targets).values() for k in m.weight.shape]
-    per_token = max(9 * hidden, 3 * hidden + 2 * ffn) + length + generation * 2 * layers * hidden
+    per_token = max(9 * hidden, 3 * hidden + 2 * ffn) + length + generation * 4 * layers * hidden      # keys and values, read once and then moved into a fixed cache
     return MemoryEstimate(
         name=str(resolve_model(name).name), track=track, dtype=dtype, n_parameters=n, n_trainable=sum(trained),
         weights=(n + sum(trained) * (track == "lora")) * size, restore_copy=sum(trained) * size * (restore == "copy"),
-        best_copy=sum(trained) * size * bool(best_copy), noise=2 * 4 * max(trained),
+        best_copy=sum(trained) * size * bool(best_copy), noise=max(2 * 4 * max(trained), min(2**26, 4 * sum(trained))),
         activations=tokens * per_token * size, logits=2 * 4 * logit_rows * vocab)
 
 # %% ../nbs/05_models.ipynb #5d56d4d2

@@ -234,9 +234,12 @@ def place_trees(
     return out
 
 # %% ../nbs/06_objectives.ipynb #a06a1387
-def default_max_tokens(device)->int:
+def default_max_tokens(
+    device,
+    generation:bool=False, # decoding wants more rows than reading prompts, as far as a GPU's memory goes
+)->int:
     "How many padded tokens a batch holds by default: what fills a CPU's caches, or a GPU."
-    return 2048 if torch.device(device).type == "cpu" else 32768
+    return (8192 if generation else 2048) if torch.device(device).type == "cpu" else 32768
 
 class _Objective:
     "What both objectives share: batches placed once, smaller ones when memory runs out."
@@ -400,7 +403,7 @@ class GenerationF1(_Objective):
         self.n, self.answers = len(examples), [tuple(e.answers) for e in examples]
         self.sequences = [encode(tokenizer, e.prompt, positions - max_new_tokens) for e in examples]
         self.stop_ids = torch.tensor(stop_token_ids(tokenizer, stop), device=self.device)
-        self.max_tokens = max_tokens or 4 * default_max_tokens(self.device)      # decoding wants more rows than reading prompts
+        self.max_tokens = max_tokens or default_max_tokens(self.device, generation=True)
         self.short_layer = last_layer_is_opt(model, self.sequences[0])
         self.ragged = self._may_mix_lengths()
         self._place()
