@@ -311,4 +311,4 @@ def main(
     if distributed.is_initialized(): distributed.destroy_process_group()
 
 # %% ../nbs/08c_parallel.ipynb #36e60071
-if __name__ == "__main__" and "ipykernel" not in sys.modules: main()
+if __name__ == "__main__" and globals().get("__spec__"): main()      # run with -m, not from a notebook
