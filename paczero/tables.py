@@ -196,7 +196,7 @@ def method(
     row, # of `results` or `grouped`
 )->str:
     "The mechanism as legends call it."
-    if row["mechanism"] in ("zpl", "mi", "nonprivate"): return figures.method_label(dict(name=row["mechanism"], signal=row.get("ablation") or ("raw_full" if row["mechanism"] == "nonprivate" else None), budget=row["mi"]))
+    if row["mechanism"] in ("zpl", "mi", "nonprivate"): return figures.method_label(dict(name=row["mechanism"], signal=row.get("ablation") or ("raw_full" if row["mechanism"] == "nonprivate" else None), **({"budget": row["mi"]} if row["mechanism"] == "mi" else {})))
     return f"{LEGEND[row['mechanism']]}, ε = {row['dp_epsilon']:g}"
 
 def _group(by, key, g):
