@@ -7,7 +7,7 @@ __all__ = ['encode', 'OptionTokens', 'encode_options', 'plan_batches', 'causal_l
            'logits_at', 'head_is_plain', 'last_layer_is_opt', 'OptionTree', 'option_trees', 'place', 'place_trees',
            'default_max_tokens', 'OptionCrossEntropy', 'stop_token_ids', 'GenerationF1', 'make_objective']
 
-# %% ../nbs/06_objectives.ipynb #a0a7a285
+# %% ../nbs/06_objectives.ipynb #32f75478
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from .tasks import squad_f1
 
-# %% ../nbs/06_objectives.ipynb #449c5778
+# %% ../nbs/06_objectives.ipynb #21e8b1e3
 def encode(
     tokenizer,
     text:str,
@@ -29,7 +29,7 @@ def encode(
     while front < len(ids) and ids[front] in special: front += 1
     return ids[:front] + ids[len(ids) - (max_length - front):]
 
-# %% ../nbs/06_objectives.ipynb #70f7cd86
+# %% ../nbs/06_objectives.ipynb #c2642795
 @dataclass(frozen=True)
 class OptionTokens:
     "One example and one option as tokens: `ids` = prompt + option, the last `n_option` of them the option's."
@@ -50,7 +50,7 @@ def encode_options(
     kept = encode(tokenizer, prompt, max_length - max(map(len, new)))
     return [OptionTokens(tuple(kept + n), len(n)) for n in new]
 
-# %% ../nbs/06_objectives.ipynb #ebab3920
+# %% ../nbs/06_objectives.ipynb #946e5e4e
 def plan_batches(
     lengths, # (n,) tokens of each sequence
     max_tokens:int=4096, # padded tokens a batch may hold; a single sequence may exceed it
@@ -75,7 +75,7 @@ def plan_batches(
         j = i
     return plan[::-1]
 
-# %% ../nbs/06_objectives.ipynb #1d958803
+# %% ../nbs/06_objectives.ipynb #cbddf836
 def causal_lm(model):
     "The `transformers` causal LM inside `model` (a PEFT wrapper, or the model itself)."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -104,7 +104,7 @@ def last_layer_at(
     try: yield
     finally: del layer.forward
 
-# %% ../nbs/06_objectives.ipynb #377ab4bb
+# %% ../nbs/06_objectives.ipynb #fb49ba30
 @dataclass(frozen=True)
 class Batch:
     "Right-padded sequences on the device, and the positions that are read."
@@ -141,7 +141,7 @@ def logits_at(
     out = causal_lm(model)(input_ids=b.ids, use_cache=False, **b.masks()).logits
     return out[torch.arange(len(out), device=out.device)[:, None], b.read].float()
 
-# %% ../nbs/06_objectives.ipynb #fe112aae
+# %% ../nbs/06_objectives.ipynb #297d062c
 def _agree(ours, theirs): return bool(((ours.float() - theirs.float()).abs().max() <= 2e-3 * theirs.float().abs().max().clamp(min=1)).item())
 
 def _probe(model, ids):
@@ -169,7 +169,7 @@ def last_layer_is_opt(
         b = _probe(model, ids)
         return _agree(hidden_at(model, b, only=True), hidden_at(model, b))
 
-# %% ../nbs/06_objectives.ipynb #0e5bad27
+# %% ../nbs/06_objectives.ipynb #2b1a6cfc
 @dataclass(frozen=True)
 class OptionTree:
     "A prompt and one or several options behind it as one sequence."
@@ -200,7 +200,7 @@ def option_trees(
         out.append(OptionTree(*map(tuple, (ids, pos, seg, read, target, option)), example))
     return out
 
-# %% ../nbs/06_objectives.ipynb #ba5843ad
+# %% ../nbs/06_objectives.ipynb #f2547ecb
 def _filled(rows, value, device, dtype=torch.long):
     "Lists of different lengths as one tensor, filled up on the right."
     width = max(map(len, rows))
@@ -233,13 +233,13 @@ def place_trees(
                          column("segment", -1) if several else None, column("target", 0), own / own.sum(1, keepdim=True).clamp(min=1)))
     return out
 
-# %% ../nbs/06_objectives.ipynb #a06a1387
+# %% ../nbs/06_objectives.ipynb #61a1b5b4
 def default_max_tokens(
     device,
-    generation:bool=False, # decoding wants more rows than reading prompts, as far as a GPU's memory goes
+    generation:bool=False, # decoding wants more rows than reading prompts
 )->int:
     "How many padded tokens a batch holds by default: what fills a CPU's caches, or a GPU."
-    return (8192 if generation else 2048) if torch.device(device).type == "cpu" else 32768
+    return (16384 if generation else 2048) if torch.device(device).type == "cpu" else 32768
 
 class _Objective:
     "What both objectives share: batches placed once, smaller ones when memory runs out."
@@ -310,7 +310,7 @@ class OptionCrossEntropy(_Objective):
         plan = [which[b] for b in plan_batches([len(self.sequences[i]) for i in which], self.max_tokens)]
         return place(self.sequences, plan, self.pad_id, self.device) if self.single else place_trees(self.trees, plan, len(self.options), self.pad_id, self.device)
 
-# %% ../nbs/06_objectives.ipynb #a432f405
+# %% ../nbs/06_objectives.ipynb #c9150cef
 @patch
 def _logits(self:OptionCrossEntropy, b):
     "(B, R, vocabulary) logits at the positions that are read."
@@ -342,7 +342,7 @@ def _may_share(self:OptionCrossEntropy, encoded)->bool:
         try: return _agree(scores(True), scores(False))
         except (TypeError, ValueError, RuntimeError): return False         # a model that takes no such mask
 
-# %% ../nbs/06_objectives.ipynb #9be16b57
+# %% ../nbs/06_objectives.ipynb #3a8b6e8e
 @patch
 def scores(self:OptionCrossEntropy,
     rows=None, # (b,) which examples; None: all n
@@ -372,7 +372,7 @@ def evaluate(self:OptionCrossEntropy)->dict: # accuracy in [0, 1]; loss in nats,
         return dict(accuracy=(s.argmax(1) == self.labels).double().mean().item(),
                     loss=torch.nn.functional.cross_entropy(s, self.labels).item())
 
-# %% ../nbs/06_objectives.ipynb #93b95dac
+# %% ../nbs/06_objectives.ipynb #06e07e2d
 def stop_token_ids(
     tokenizer,
     stop:str="\n", # generation ends at the first token whose text contains it
@@ -409,12 +409,13 @@ class GenerationF1(_Objective):
         self._place()
 
     def _batches(self, rows):
-        "The planned batches of these examples on the device; only equal lengths together where the model cannot mix them."
+        "Groups of examples that are decoded together, each a list of batches of prompts on the device; equal lengths only where the model cannot mix them."
         lengths = np.array([len(self.sequences[i]) for i in rows], dtype=int)
-        plan = plan_batches(lengths + self.max_new_tokens, self.max_tokens, overhead=1024, pad=self.ragged)
-        return place(self.sequences, [rows[b] for b in plan], self.pad_id, self.device)
+        groups = plan_batches(lengths + self.max_new_tokens, self.max_tokens, overhead=self.max_tokens, pad=self.ragged)                 # as few as fit
+        parts = [plan_batches(lengths[g], min(self.max_tokens, default_max_tokens(self.device)), pad=self.ragged) if self.ragged else [np.arange(len(g))] for g in groups]
+        return [place(self.sequences, [rows[g[part]] for part in plan], self.pad_id, self.device) for g, plan in zip(groups, parts)]
 
-# %% ../nbs/06_objectives.ipynb #e6c5c77c
+# %% ../nbs/06_objectives.ipynb #00476881
 @patch
 def _next(self:GenerationF1, b, **kw):
     "(B,) the likeliest next tokens at the position that is read, and the filled cache."
@@ -425,16 +426,25 @@ def _next(self:GenerationF1, b, **kw):
     return lm.get_output_embeddings()(hidden[:, -1]).argmax(-1), out.past_key_values
 
 @patch
-def _decode(self:GenerationF1, b):
-    "(B, at most max_new_tokens) greedy tokens; what stands behind a row's stop token means nothing."
+def _read(self:GenerationF1, group):
+    "(B,) the first token of every answer, and one cache, with room for the rest, of all the group's prompts."
     from transformers import DynamicCache, StaticCache
-    config, (B, L), new = causal_lm(self.model).config, b.ids.shape, self.max_new_tokens
-    token, read = self._next(b, past_key_values=DynamicCache(config=config))
-    cache = StaticCache(config=config, max_cache_len=L + new)
-    for i, layer in enumerate(read.layers): cache.update(layer.keys, layer.values, i)
-    del read
+    config, L = causal_lm(self.model).config, max(b.ids.shape[1] for b in group)
+    tokens, reads = zip(*(self._next(b, past_key_values=DynamicCache(config=config)) for b in group))
+    cache = StaticCache(config=config, max_cache_len=L + self.max_new_tokens)
+    together = lambda parts: torch.cat([torch.nn.functional.pad(x, (0, 0, 0, L - x.shape[2])) for x in parts])   # (B, heads, L, width)
+    for i, layers in enumerate(zip(*(r.layers for r in reads))):
+        cache.update(together([l.keys for l in layers]), together([l.values for l in layers]), i)
+        for l in layers: l.keys = l.values = None                                                          # never two copies of all
+    return torch.cat(tokens), cache
+
+@patch
+def _decode(self:GenerationF1, group):
+    "(B, at most max_new_tokens) greedy tokens; what stands behind a row's stop token means nothing."
+    token, cache = self._read(group)
+    B, L, new = len(token), max(b.ids.shape[1] for b in group), self.max_new_tokens
     out = torch.full((B, new), self.pad_id, device=self.device)
-    alive, length = torch.arange(B, device=self.device), b.read + 1                                        # (B,), (B, 1)
+    alive, length = torch.arange(B, device=self.device), torch.cat([b.read for b in group]) + 1            # (B,), (B, 1)
     seen = torch.arange(L + new, device=self.device) < length                                              # (B, L + new)
     zero = torch.zeros_like(length)
     for t in range(new):
@@ -450,7 +460,7 @@ def _decode(self:GenerationF1, b):
         token, cache = self._next(Batch(None, token[:, None], zero), past_key_values=cache, position_ids=length + t, attention_mask=seen[:, None, None])
     return out[:, :t + 1]
 
-# %% ../nbs/06_objectives.ipynb #38a197ad
+# %% ../nbs/06_objectives.ipynb #4d18d1cc
 @patch
 def _generate(self:GenerationF1, b):
     "The same by the library's own loop; prompts of one length."
@@ -466,9 +476,9 @@ def _cut(self:GenerationF1, tokens)->list: # of lists of token ids
     return [r[:e] for r, e in zip(tokens.tolist(), ends)]
 
 @patch
-def _answers(self:GenerationF1, b):
-    "The generated texts of one batch, cut at the stop string."
-    texts = self.tokenizer.batch_decode(self._cut(self._decode(b) if self.ragged else self._generate(b)), skip_special_tokens=True)
+def _answers(self:GenerationF1, group):
+    "The generated texts of one group, cut at the stop string."
+    texts = self.tokenizer.batch_decode(self._cut(self._decode(group) if self.ragged else self._generate(*group)), skip_special_tokens=True)
     return [t.split(self.stop)[0].strip() for t in texts]
 
 @patch
@@ -478,20 +488,20 @@ def _may_mix_lengths(self:GenerationF1)->bool:
     short = short if len(short) < len(long) else long[:-min(3, len(long) - 1)]
     with torch.inference_mode():
         if not head_is_plain(self.model, long): return False
-        try: ours = self._cut(self._decode(place([short, long], [[0, 1]], self.pad_id, self.device)[0]))
+        try: ours = self._cut(self._decode(place([short, long], [[0], [1]], self.pad_id, self.device)))
         except (TypeError, ValueError, RuntimeError): return False
         return ours == [self._cut(self._generate(place([s], [[0]], self.pad_id, self.device)[0]))[0] for s in (short, long)]
 
-# %% ../nbs/06_objectives.ipynb #f22ec561
+# %% ../nbs/06_objectives.ipynb #bab76134
 @patch
 def generate(self:GenerationF1,
     rows=None, # (b,) which examples; None: all n
 )->list: # b texts
     "Every example's answer, generated greedily."
-    def run(batches):
+    def run(groups):
         texts = [None] * self.n
-        for b in batches:
-            for i, t in zip(b.index.tolist(), self._answers(b)): texts[i] = t
+        for group in groups:
+            for i, t in zip((i for b in group for i in b.index.tolist()), self._answers(group)): texts[i] = t
         return texts
     texts = self._fit(run, rows)
     return texts if rows is None else [texts[i] for i in self._rows(rows)]
@@ -512,7 +522,7 @@ def evaluate(self:GenerationF1)->dict: # f1 and exact match in [0, 1]
     f1 = float(np.mean([squad_f1(t, a) for t, a in zip(texts, self.answers)]))
     return dict(f1=f1, exact_match=float(np.mean([exact_match(t, a) for t, a in zip(texts, self.answers)])), loss=-f1)
 
-# %% ../nbs/06_objectives.ipynb #a746b1e7
+# %% ../nbs/06_objectives.ipynb #e811bcd4
 def make_objective(
     model, # a causal LM
     tokenizer,
