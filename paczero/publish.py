@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PUBLIC', 'WHAT', 'FORMAT', 'allowed', 'model_card', 'save_release', 'check_release', 'load_release', 'push_to_hub']
 
-# %% ../nbs/08a_publish.ipynb #976f16e2
+# %% ../nbs/08a_publish.ipynb #c0fce0d0
 import json, os, re, shutil
 from pathlib import Path
 from .transcript import Transcript, TranscriptError, replay, weights_digest
 
-# %% ../nbs/08a_publish.ipynb #0e3e115b
+# %% ../nbs/08a_publish.ipynb #4e457eb6
 PUBLIC = {"README.md": "the model card, with the guarantee", "release.json": "the same for programs", "transcript.jsonl": "what was released: with the base weights it is the model"}
 _WEIGHTS = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -27,14 +27,25 @@ def allowed(
     shard = what == "weights" and re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)
     return name in PUBLIC or name in WHAT[what] or bool(shard)
 
-# %% ../nbs/08a_publish.ipynb #55df3080
+# %% ../nbs/08a_publish.ipynb #8dce1df1
+_LICENCES = {"tiny-opt": "mit", "smollm2-135m": "apache-2.0"}     # the embedded model ships under this project's own
+
+def _known(header):
+    "The registered model that the run started from, or None."
+    from paczero.models import MODELS
+    return MODELS.get(str(header["model"].get("name", "")).partition("@")[0])
+
 def _base(header):
     "The hub id of the base model where it has one, else its name; and its licence where it is known here."
-    from paczero.models import MODELS
-    name = str(header["model"].get("name", ""))
-    spec = MODELS.get(name.partition("@")[0])
+    name, spec = str(header["model"].get("name", "")), _known(header)
     if spec is None: return (name if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@.*)?", name) else Path(name).name), None
-    return spec.hub or spec.name, None if spec.hub else "mit"      # the embedded model ships under this project's own licence
+    return spec.hub or spec.name, _LICENCES.get(spec.name)
+
+def _copies(header)->str:
+    "A sentence for a base model that comes from the hub or from a package, whose weights may differ."
+    spec = _known(header)
+    if spec is None or not (spec.hub and spec.folder): return ""
+    return f" The base is on the hub and in a package ({spec.install}, perhaps quantised); the run started from the one whose weights digest is `{header['model']['weights'][:16]}…`."
 
 def _front_matter(header, covered, license, datasets, track):
     "YAML that the hub reads, valid whatever the names are."
@@ -47,7 +58,7 @@ def _front_matter(header, covered, license, datasets, track):
     if datasets: d["datasets"] = list(datasets)
     return yaml.safe_dump(d, sort_keys=True, allow_unicode=False)
 
-# %% ../nbs/08a_publish.ipynb #8ad8bc16
+# %% ../nbs/08a_publish.ipynb #e66181f5
 def _scores(metrics):
     "The public scores as a markdown table."
     rows = [(f"{where}, {k}", v) for where, part in (("test set before", "test_before"), ("test set after", "test_after"), ("development set after", "dev_after"))
@@ -80,12 +91,12 @@ def _arguments(header):
                    seed=m.get("lora_seed", header["directions"]["seed"]))
     return kw
 
-# %% ../nbs/08a_publish.ipynb #be7c8dc0
+# %% ../nbs/08a_publish.ipynb #fef13587
 def model_card(
     result, # FineTuneResult
     *,
     what:str="transcript", # what lies beside the card
-    license:str=None, # of the base model, as the hub spells it; None: known for the embedded model only
+    license:str=None, # of the base model, as the hub spells it; None: known for the embedded model and SmolLM2 only
     datasets=(), # hub ids of the data, where they are public
     title:str=None, # None: from model and task
 )->str:
@@ -94,13 +105,13 @@ def model_card(
     header, base = t.header, _base(t.header)[0]
     headline = "" if g.covered else "> **No guarantee.** " + ("The secret was fixed for an audit." if g.stamp else "This is a non-private run, made for comparison.") + "\n\n"
     how = dict(transcript="the transcript alone: replay it onto the base model", weights="weights (safetensors), and the transcript that they can be rebuilt from", adapter="a PEFT adapter, and the transcript that it can be rebuilt from")[what]
-    arguments = ", ".join([repr(base)] + [f"{k}={v!r}" for k, v in _arguments(header).items()])
+    arguments = ", ".join([repr(header["model"]["name"] if _known(header) else base)] + [f"{k}={v!r}" for k, v in _arguments(header).items()])
     guarantee = g.markdown().replace("\n## ", "\n### ").replace("# Privacy guarantee", "## Privacy guarantee", 1)
     u = header["update"]
     front = _front_matter(header, g.covered, license, datasets, header["model"].get("track"))
     return (f"---\n{front}---\n\n# {title or _title(base, m)}\n\n"
             f"{headline}Fine-tuned from `{base}` with [PACZero](https://arxiv.org/abs/2605.06505): two forward passes and {u['k']} released number{'s' if u['k'] > 1 else ''} a step, "
-            f"{len(t)} steps, of which the development set chose step {m['best_step']}. This release holds {how}.\n\n{guarantee}\n"
+            f"{len(t)} steps, of which the development set chose step {m['best_step']}. This release holds {how}.{_copies(header)}\n\n{guarantee}\n"
             f"## Scores\n\n{_scores(m)}\n\nScores on the development and test sets, which are treated as public.\n\n"
             f"## How to rebuild it\n\nTranscript digest: `{t.digest}`\n\nWeights digest: `{t.end['weights']}`\n\n"
             + _REBUILD.format(digest=t.digest, arguments=arguments, weights=f"on {header['directions']['device']}, torch {header['directions'].get('torch')}: bit for bit")
@@ -108,7 +119,7 @@ def model_card(
 
 def _title(base, metrics): return f"{base.rpartition('/')[2]} fine-tuned on {metrics.get('task', 'a task')}"
 
-# %% ../nbs/08a_publish.ipynb #f3d17aeb
+# %% ../nbs/08a_publish.ipynb #5198cdf7
 _PLACES = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 def _scrub(file, base):
@@ -131,7 +142,7 @@ def _write_model(result, tokenizer, folder, what):
     for f in folder.glob("*.json"):
         if f.name not in ("tokenizer.json", "vocab.json") and not f.name.endswith(".index.json"): _scrub(f, _base(header)[0])
 
-# %% ../nbs/08a_publish.ipynb #71263046
+# %% ../nbs/08a_publish.ipynb #84fb03a9
 def save_release(
     result, # FineTuneResult
     tokenizer, # from `load_model`; None for a transcript alone
@@ -166,7 +177,7 @@ def _write_records(result, folder, what, card):
     (folder/"release.json").write_text(json.dumps(dict(format=FORMAT, what=what, digest=t.digest, weights=t.end["weights"], model=t.header["model"], covered=result.guarantee.covered,
                                                        guarantee=result.guarantee.to_dict(), scores=scores), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
-# %% ../nbs/08a_publish.ipynb #83a2319c
+# %% ../nbs/08a_publish.ipynb #71d62998
 def _release_json(folder):
     "What release.json says; refuses what is none."
     file = folder/"release.json"
@@ -207,7 +218,7 @@ def _check_no_places(folder):
         for s in _strings(json.loads(f.read_text(encoding="utf-8"))):
             if re.match(r"(/|~/|[A-Za-z]:\\)[\w.]", s): raise ValueError(f"{f}: {s[:80]!r} looks like a path of your machine: take it out before it becomes public")
 
-# %% ../nbs/08a_publish.ipynb #811477dd
+# %% ../nbs/08a_publish.ipynb #2d10110c
 def _base_spec(header, base):
     "Where the base model comes from."
     from paczero.models import MODELS, ModelSpec, resolve_model
@@ -230,7 +241,7 @@ def _load_base(header, base, device):
         if (got := weights_digest(model)) == header["model"]["weights"]: return model, tokenizer
     raise TranscriptError(f"the base model {spec.name!r} has digest {got[:16]}…, but the run started from {header['model']['weights'][:16]}…: another revision, type or adapter; pass base=")
 
-# %% ../nbs/08a_publish.ipynb #983f9b1f
+# %% ../nbs/08a_publish.ipynb #1bdcc735
 def load_release(
     folder, # from `save_release`, or downloaded
     *,
@@ -261,7 +272,7 @@ def _load_adapter(model, folder):
     try: set_peft_model_state_dict(model, tensors)
     except (RuntimeError, KeyError) as e: raise ValueError(f"{folder/'adapter_model.safetensors'} does not fit the base model: {str(e)[:200]}") from None
 
-# %% ../nbs/08a_publish.ipynb #ee2d3fea
+# %% ../nbs/08a_publish.ipynb #53543ba3
 def push_to_hub(
     release, # a folder from `save_release`, or a FineTuneResult (then as `save_release` would write it)
     repo_id:str, # "user/name"
