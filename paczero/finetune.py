@@ -7,7 +7,7 @@ __all__ = ['FineTuneConfig', 'Runtime', 'differences', 'config_differences', 'Ru
            'FineTuneResult', 'evaluations_frame', 'history_frame', 'versions', 'peak_memory', 'describe_model',
            'finetune', 'load_result']
 
-# %% ../nbs/08_finetune.ipynb #bf875a98
+# %% ../nbs/08_finetune.ipynb #cd50bf48
 import json, math, os, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,14 +19,14 @@ from .subsets import KINDS, SubsetDesign
 from .transcript import (FORMAT, ChainedLog, Transcript, TranscriptError, canonical, coefficients, lock_folder,
                                 take_step, weights_digest)
 
-# %% ../nbs/08_finetune.ipynb #ab05bf0f
+# %% ../nbs/08_finetune.ipynb #f077c8b1
 def _check(ok, name, value, need):
     if not ok: raise ValueError(f"{name} must be {need}, got {value!r}")
 
 def _is_number(v, whole=False):
     return not isinstance(v, bool) and isinstance(v, (int, np.integer) if whole else (int, float, np.number)) and abs(v) <= 1.7e308
 
-# %% ../nbs/08_finetune.ipynb #c8445514
+# %% ../nbs/08_finetune.ipynb #7ecd07d9
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
     "What is run: all that decides, with the secret and the data, which bits come out."
@@ -73,7 +73,7 @@ class Runtime:
     parallel:bool = True # share the work among the processes that torchrun or accelerate started; False: this process alone
     patience:float = 1800. # seconds that one of several processes waits for another
 
-# %% ../nbs/08_finetune.ipynb #0f91dc8d
+# %% ../nbs/08_finetune.ipynb #b7930988
 def differences(
     theta:Theta, # the trainable parameters, at θ; afterwards at θ − εz of the last direction (`update` or `restore` take it from there)
     losses, # () -> (n,) tensor: the per-example losses at the parameters as they stand (n may be 0: an empty Poisson batch)
@@ -93,7 +93,7 @@ def differences(
         f"The weights have probably run away: try a smaller lr, or float32 in place of {theta.params[0].dtype}")
     return ghat, float(total)
 
-# %% ../nbs/08_finetune.ipynb #c21402dd
+# %% ../nbs/08_finetune.ipynb #e0bd9aac
 def _write_atomically(path, text:str):
     "Write a whole file or none of it: beside it first, synced, then renamed."
     path = Path(path); part = path.with_name(path.name + ".part")
@@ -113,7 +113,7 @@ def config_differences(
         elif a != b: out.append(f"{prefix}{k}: {a!r} -> {b!r}")
     return out
 
-# %% ../nbs/08_finetune.ipynb #665fdaea
+# %% ../nbs/08_finetune.ipynb #17642ec5
 def _check_ledger(entries, path):
     "Refuse a ledger with a line that `finetune` does not write."
     t = 0
@@ -189,7 +189,7 @@ def released(
     "What the world sees of a step."
     return [int(r["scalar"]) if r["scalar"] in (1, -1) else r["scalar"] for r in records]
 
-# %% ../nbs/08_finetune.ipynb #419f50e3
+# %% ../nbs/08_finetune.ipynb #03d80d2d
 def secret_file(
     folder, # the run's folder
 ):
@@ -211,7 +211,7 @@ def _hold_secret(mechanism, folder, resumed:bool):
         "What it released stays released; add its ledger to whatever you do next with this pool")
     else: mechanism.load_secret(file)
 
-# %% ../nbs/08_finetune.ipynb #7410ec87
+# %% ../nbs/08_finetune.ipynb #82834a6b
 @dataclass(frozen=True, kw_only=True)
 class FineTuneResult:
     "A finished run."
@@ -259,7 +259,7 @@ def peak_memory(device)->int: # bytes
     except ImportError: return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/08_finetune.ipynb #af4595e2
+# %% ../nbs/08_finetune.ipynb #b8beb7e3
 def describe_model(model)->dict:
     "The model as the transcript names it: no path of this machine, but a digest of every weight."
     from paczero.models import trainable_parameters
@@ -289,7 +289,7 @@ def _describe(model, task, mechanism, config, design):
     full = dict(shared, recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions(), **_source(model))
     return full, dict(shared, format=FORMAT, update=config.update)
 
-# %% ../nbs/08_finetune.ipynb #5295ff44
+# %% ../nbs/08_finetune.ipynb #52113c71
 class _Callbacks:
     "The `transformers` callback protocol around this loop."
     def __init__(self, callbacks, model, tokenizer, config, runtime, folder, device):
@@ -318,7 +318,16 @@ class _Callbacks:
         if self.state.best_metric is None or metrics["eval_loss"] < self.state.best_metric:
             self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], self.state.global_step
 
-# %% ../nbs/08_finetune.ipynb #6d302c5b
+    def told_again(self, evaluations):
+        "What was seen before a run was cut off, for callbacks that keep a state of it (`ExportableState`, such as early stopping); the last look's wish counts."
+        from transformers.trainer_callback import ExportableState
+        everyone, self.handler.callbacks = self.handler.callbacks, [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
+        for e in evaluations:
+            self.control.should_training_stop, self.state.global_step = False, e["at"]
+            self.evaluated({f"eval_{k}": v for k, v in e["dev"].items()})
+        self.handler.callbacks = everyone
+
+# %% ../nbs/08_finetune.ipynb #35357ca8
 class _Best:
     "The step with the lowest development loss, and the weights there."
     def __init__(self, theta, select): self.theta, self.select, self.step, self.loss, self.weights = theta, select, 0, math.inf, None
@@ -333,7 +342,7 @@ class _Best:
         with torch.no_grad():
             for p, w in zip(self.theta.params, self.weights or []): p.copy_(w)
 
-# %% ../nbs/08_finetune.ipynb #fe0cb0ac
+# %% ../nbs/08_finetune.ipynb #71965085
 def _objectives(model, tokenizer, task, runtime, team=None)->dict: # "pool", "dev", "test" -> objective
     "The task's objectives; with a team this rank's shares, and on rank 0 what brings them all together."
     from paczero.models import trainable_parameters
@@ -405,7 +414,7 @@ class _Run:
             if t + 1 in evals: self.best.see(t + 1, evals[t + 1])
         return len(steps)
 
-# %% ../nbs/08_finetune.ipynb #f6478417
+# %% ../nbs/08_finetune.ipynb #924126b3
 @patch
 def evaluate_dev(self:_Run, at:int):
     "Look at the development set after `at` steps; written down, so that a resumed run need not look again."
@@ -421,15 +430,17 @@ def train(self:_Run, done:int):
     cb, looked = self.cb, {e["at"] for e in self.disk.evaluations}
     cb.state.global_step, cb.state.epoch = done, float(done)
     cb.call("on_train_begin")
+    cb.told_again(self.disk.evaluations)
+    cb.state.global_step = done
     if done not in looked and (done == 0 or done % self.config.eval_every == 0 or done == self.config.steps): cb.evaluated(self.evaluate_dev(done))
     for t in range(done, self.config.steps):
+        if cb.control.should_training_stop: break
         cb.call("on_step_begin")
         self._step(t)
         cb.state.global_step, cb.state.epoch = t + 1, float(t + 1)
         control = cb.call("on_step_end")
         if control.should_log: cb.log(self._logs())
         if control.should_evaluate or t + 1 == self.config.steps or control.should_training_stop: cb.evaluated(self.evaluate_dev(t + 1))
-        if cb.control.should_training_stop: break
     cb.call("on_train_end")
 
 @patch
@@ -440,7 +451,7 @@ def _logs(self:_Run)->dict:
     logs = dict(loss=d["loss"], mi_spent=self.mechanism.ledger.spent) if "loss" in d else {}     # nothing of a secret batch
     return logs | dict(learning_rate=d["lr"]) | (dict(unanimous=float(np.mean([r["signs"][-1] in "+-" for r in recent]))) if recent else {})
 
-# %% ../nbs/08_finetune.ipynb #9102dd9c
+# %% ../nbs/08_finetune.ipynb #094d56f2
 @patch
 def finish(self:_Run, before:dict)->FineTuneResult:
     "Choose, evaluate, write everything down."
@@ -486,7 +497,7 @@ def _metrics(self:_Run, before, after, transcript, history, evaluations, guarant
         peak_memory_bytes=peak_memory(self.device), device=self.device.type, cpus=os.cpu_count(), machine=platform.machine(),
         transcript_digest=transcript.digest, weights_digest=transcript.end["weights"], versions=versions())
 
-# %% ../nbs/08_finetune.ipynb #e7821b2f
+# %% ../nbs/08_finetune.ipynb #bf5008ce
 def finetune(
     model, # from `load_model`; changed in place
     tokenizer,
@@ -548,7 +559,7 @@ def before(self:_Run)->dict:
     self.disk.ledger.append({"test_before": scores, **({"stamp": self.mechanism.guarantee().stamp} if self.mechanism.audited else {})})
     return scores
 
-# %% ../nbs/08_finetune.ipynb #1ced0e63
+# %% ../nbs/08_finetune.ipynb #c252a467
 def load_result(
     folder, # of a finished run
     model=None, # the base model: becomes the fine-tuned one by replay; None: the result comes without a model
