@@ -6,7 +6,7 @@
 __all__ = ['SETS', 'COLUMNS', 'select', 'set_folder', 'steps_done', 'state', 'plan', 'measured', 'probe', 'cost', 'cost_text',
            'find_notebook', 'job', 'run_cell', 'Board', 'cores', 'gpus', 'sweep', 'status']
 
-# %% ../nbs/14_sweep.ipynb #e5a42419
+# %% ../nbs/14_sweep.ipynb #c106cc0d
 import json, math, os, queue, re, subprocess, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict
@@ -16,7 +16,7 @@ from . import __version__, paper
 from .experiment import MINIATURE, PARAMETERS, cell_recipe, choose_device, choose_recipe, memory_needed, results_folder, with_dtype
 from .finetune import _check, _is_number, _write_atomically
 
-# %% ../nbs/14_sweep.ipynb #999e20f5
+# %% ../nbs/14_sweep.ipynb #32ce6463
 SETS = ("paper", "miniature")
 
 def _known(what, value, known):
@@ -44,7 +44,7 @@ def select(
     if not keep.any(): raise ValueError(f"no cell is selected: cells={cells}, tables={tables} and where={where} have none in common; see paczero.paper.cells()")
     return table[keep].reset_index(drop=True)
 
-# %% ../nbs/14_sweep.ipynb #42949d93
+# %% ../nbs/14_sweep.ipynb #2aa3d833
 def set_folder(
     set:str="paper", # "paper" or "miniature"
     results_dir=None, # a folder that holds runs/; None: results/ or results/miniature/ of the project
@@ -69,7 +69,7 @@ def state(
     if (folder/"failed.json").exists(): return "failed"
     return "unfinished" if (folder/"config.json").exists() else "missing"
 
-# %% ../nbs/14_sweep.ipynb #5c952d74
+# %% ../nbs/14_sweep.ipynb #43dcc0b1
 COLUMNS = ("model", "task", "track", "mechanism", "steps", "k", "n_train", "seed")
 
 def _recipe(name, overrides):
@@ -97,7 +97,7 @@ def plan(
     out.attrs = dict(set=set, results_dir=str(set_folder(set, results_dir)), overrides=overrides)
     return out
 
-# %% ../nbs/14_sweep.ipynb #426c2f16
+# %% ../nbs/14_sweep.ipynb #4d999459
 def _json(file):
     try: out = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
@@ -125,7 +125,7 @@ def measured(
         except (KeyError, TypeError): continue      # not a run of this library's: it tells nothing
     return pd.DataFrame(rows, columns=["model", "task", "track", "share", "forward", "rest", "bytes"])
 
-# %% ../nbs/14_sweep.ipynb #0aad783f
+# %% ../nbs/14_sweep.ipynb #50633cb6
 def probe(
     recipe, # a Recipe
     device:str="cpu",
@@ -146,7 +146,7 @@ def probe(
     objective.losses(); start = time.perf_counter(); float(objective.losses().sum())
     return (time.perf_counter() - start) / len(task.pool)
 
-# %% ../nbs/14_sweep.ipynb #8f8b99b0
+# %% ../nbs/14_sweep.ipynb #1144358d
 def cost(
     planned, # from `plan`
     device:str=None, # None: a GPU where there is one
@@ -183,7 +183,15 @@ def _data_path(data, task):
     if not folder.is_dir(): raise FileNotFoundError(f"data={str(data)!r} has no folder {task!r}: give the folder that holds sst2/ and squad/, each with train.* and validation.*")
     return folder
 
-# %% ../nbs/14_sweep.ipynb #27359125
+# %% ../nbs/14_sweep.ipynb #23f6a98e
+def _crowded(memory, workers, device)->str:
+    "A warning where the largest cells do not fit beside each other on one device; empty where they do, or where nobody knows what is free."
+    from paczero.models import free_memory
+    beside = -(-min(workers, len(memory)) // (max(1, len(gpus())) if device.startswith("cuda") else 1))
+    need, free = memory.nlargest(beside).sum(), free_memory(device)
+    if beside < 2 or free is None or need <= free: return ""
+    return f"; {beside} at a time may need {need / 1e9:.2f} GB where {free / 1e9:.2f} GB are free: cells that find no room are recorded as failed, and fewer workers avoid that"
+
 def cost_text(
     costed, # from `cost`
     workers:int=1, # cells at a time
@@ -202,11 +210,11 @@ def cost_text(
     if len(todo) and todo.seconds.notna().all(): out.append(f"about {clock(todo.seconds.sum() / workers)} with {workers} at a time" + ("" if workers == 1 else ", if the cores are enough for them")
                                                           + ("" if not math.isnan(costed.attrs["rest"]) else "; start, evaluations and figures not included: not measured yet"))
     elif len(todo): out.append("time in all: unknown, some cells were not measured (a finished run of each kind, or probes, would tell)")
-    if len(todo): out.append(f"memory: up to {todo.memory.max() / 1e9:.2f} GB a cell (estimated from the model's shape)")
+    if len(todo): out.append(f"memory: up to {todo.memory.max() / 1e9:.2f} GB a cell (estimated from the model's shape)" + _crowded(todo.memory, workers, costed.attrs["device"]))
     if len(todo): out.append(f"disk: about {size * len(todo) / 2**20:,.0f} MiB (measured in finished runs)" if not math.isnan(size) else "disk: unknown, not measured")
     return "\n".join(out + [f"  cannot run: {r.run_id}: {r.why}" for r in costed[costed.estimate == "cannot run"].head(3).itertuples()])
 
-# %% ../nbs/14_sweep.ipynb #cde0ea14
+# %% ../nbs/14_sweep.ipynb #0643ec61
 def find_notebook(
     path=None, # None: nbs/run_experiment.ipynb of the project this runs in, or of the one that the package lies in
 )->Path:
@@ -235,7 +243,7 @@ def job(
     return dict(run_id=row.run_id, home=str(home), notebook=str(find_notebook(notebook)), parameters=parameters, about=about, why=row.why, steps=row.recipe.steps if row.recipe else 0,
                 device=device, env={k: str(v) for k, v in dict(OMP_NUM_THREADS=threads, CUDA_VISIBLE_DEVICES=gpu).items() if v is not None})
 
-# %% ../nbs/14_sweep.ipynb #53533df7
+# %% ../nbs/14_sweep.ipynb #ecb79024
 def _watch_stdin():
     "End this process, and its kernel, as soon as the one that started it is gone."
     import psutil
@@ -263,7 +271,7 @@ def _child():
 
 def _plain(text): return re.sub(r"\x1b\[[0-9;]*m", "", str(text)).strip()
 
-# %% ../nbs/14_sweep.ipynb #4b8f55ad
+# %% ../nbs/14_sweep.ipynb #e5dfc236
 def _fail(folder, exception, message, last_lines=()):
     "Write down why a cell did not finish."
     out = dict(run_id=folder.name, exception=exception, message=message, last_lines=list(last_lines), when=datetime.now(timezone.utc).isoformat(timespec="seconds"), version=__version__)
@@ -286,7 +294,7 @@ def _refusal(j, folder):
     try: check_memory(memory_needed(recipe, device), device)
     except MemoryError as e: return _fail(folder, "MemoryError", str(e))
 
-# %% ../nbs/14_sweep.ipynb #6f0f81ee
+# %% ../nbs/14_sweep.ipynb #4e60a04d
 def _busy(folder, seconds=10):
     "Whether another process holds the run's folder, and does not let go in a while (a killed kernel's memory takes a moment to go)."
     from filelock import FileLock, Timeout
@@ -336,7 +344,7 @@ def _outcome(folder, code, out, err):
     (folder/"failed.json").unlink(missing_ok=True)
     return dict(run_id=folder.name, outcome="finished", why="")
 
-# %% ../nbs/14_sweep.ipynb #70ac08c2
+# %% ../nbs/14_sweep.ipynb #b9aa1249
 class Board:
     "Shows where a sweep stands: a line at every change and every `seconds`; in a notebook also a bar, updated in place."
     def __init__(self, jobs, work, runs, seconds=60., file=None):
@@ -381,7 +389,7 @@ class Board:
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
 
-# %% ../nbs/14_sweep.ipynb #06fab856
+# %% ../nbs/14_sweep.ipynb #4514b3fa
 def cores()->int:
     "CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -401,7 +409,7 @@ def _places(workers, device):
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, cores() // n)
     return [(threads, cards[i % len(cards)] if len(cards) > 1 else None) for i in range(n)]
 
-# %% ../nbs/14_sweep.ipynb #e0546509
+# %% ../nbs/14_sweep.ipynb #e3f45b8a
 def _locally(jobs, places, board):
     "Run jobs on this machine, `len(places)` at a time."
     free, stop = queue.Queue(), threading.Event()
@@ -429,7 +437,7 @@ def _collect(waiting, board):
             board.add(f.result())
         board.show()
 
-# %% ../nbs/14_sweep.ipynb #210f5e0e
+# %% ../nbs/14_sweep.ipynb #306b9d1f
 def _on_cluster(jobs, scheduler, board):
     "Run jobs on the workers of a dask.distributed cluster."
     try: from distributed import Client, as_completed
@@ -447,7 +455,7 @@ def _on_cluster(jobs, scheduler, board):
         except KeyboardInterrupt:
             client.cancel(list(futures)); print("\nsweep: stopped; what runs on a worker runs to its end, nothing new begins", flush=True)
 
-# %% ../nbs/14_sweep.ipynb #8eeb7a2e
+# %% ../nbs/14_sweep.ipynb #9dd12ea8
 def sweep(
     planned, # from `plan`
     *,
@@ -474,7 +482,7 @@ def sweep(
             dict(run_id=i, outcome="finished before" if state(runs/i) == "finished" else "stopped", why="", seconds=0.) for i in planned.run_id]
     return pd.DataFrame(rows)
 
-# %% ../nbs/14_sweep.ipynb #940c9aaf
+# %% ../nbs/14_sweep.ipynb #85057c40
 def status(
     set:str="paper", # "paper" or "miniature"
     results_dir=None, # as for `set_folder`
