@@ -76,17 +76,17 @@ def test_sensitivity(k):
 
 
 def test_noise_and_batches_have_the_distribution_that_was_accounted_for():
-    m = DPAggZO(epsilon=2.0, sample_rate=0.1, steps=400, clip=3.0, directions=8).bind(DESIGN)
+    m = DPAggZO(epsilon=2.0, sample_rate=0.1, steps=1600, clip=3.0, directions=8).bind(DESIGN)       # 12,800 numbers tell 10 % with certainty
     sizes, y = [], []
-    for _ in range(400):
+    for _ in range(1600):
         rows = m.batch(500); sizes.append(len(rows))
         y.append([r.scalar * 50 / 8 for r in m.step(np.zeros((8, len(rows))), clip=3.0)])
     y, std, sizes = np.array(y), 3.0 * m.noise_multiplier, np.array(sizes)
     ok = lambda y, std: 1e-6 < stats.chi2.cdf((y**2).sum() / std**2, y.size) < 1 - 1e-6 and stats.kstest(y.ravel() / std, "norm").pvalue > 1e-6
     assert ok(y, std) and not ok(y, 1.1 * std) and not ok(y, 0.9 * std) and not ok(y, std / math.sqrt(8))
     assert np.abs(np.corrcoef(y.T) - np.eye(8)).max() < 0.3                       # a fresh draw for each coordinate
-    p = lambda q: stats.binomtest(int(sizes.sum()), 200_000, q).pvalue
-    assert p(0.1) > 1e-6 > p(0.11) and 1e-6 < stats.chi2.cdf(((sizes - 50) ** 2).sum() / 45, 400) < 1 - 1e-6
+    p = lambda q: stats.binomtest(int(sizes.sum()), 800_000, q).pvalue
+    assert p(0.1) > 1e-6 > p(0.11) and 1e-6 < stats.chi2.cdf(((sizes - 50) ** 2).sum() / 45, 1600) < 1 - 1e-6
     a, b = (DPZero(**PLAN).bind(DESIGN).batch(500) for _ in range(2))
     assert a.tolist() != b.tolist()                                              # from the operating system, not from a seed
 

@@ -16,7 +16,8 @@ SET = ["--set", ",".join(f"{k}={v}" for k, v in SMALL.items())]
 def begin(tmp, *args):
     "A sweep in a process of its own."
     env = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PACZERO_STATE_DIR=str(tmp / "state"), PYTHONPATH=str(ROOT))
-    return subprocess.Popen([sys.executable, "-m", "paczero", "sweep", *map(str, args), "--yes"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-m", "paczero", "sweep", *map(str, args), "--yes"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))       # where the tests run in the background, it is ignored, and children inherit that
 
 
 def wait_for(condition, seconds=120):
