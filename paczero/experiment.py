@@ -91,9 +91,9 @@ def memory_needed(
     from paczero.models import estimate_memory
     from paczero.objectives import default_max_tokens
     from paczero.tasks import resolve_task
-    lora, generation = dict(lora_rank=recipe.lora_rank) if recipe.track == "lora" else {}, resolve_task(recipe.task).kind == "generation"
+    lora, cache = dict(lora_rank=recipe.lora_rank) if recipe.track == "lora" else {}, default_max_tokens(device, True) if resolve_task(recipe.task).kind == "generation" else 0
     return estimate_memory(recipe.model, track=recipe.track, dtype=recipe.dtype, restore=recipe.restore, best_copy=recipe.select == "best" and device == "cpu",
-                           tokens=default_max_tokens(device, generation), generation=generation, **lora)
+                           tokens=default_max_tokens(device), cache_tokens=cache, **lora)
 
 # %% ../nbs/13_experiment.ipynb #bf719bf9
 def results_folder(

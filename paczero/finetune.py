@@ -321,11 +321,12 @@ class _Callbacks:
     def told_again(self, evaluations):
         "What was seen before a run was cut off, for callbacks that keep a state of it (`ExportableState`, such as early stopping); the last look's wish counts."
         from transformers.trainer_callback import ExportableState
-        everyone, self.handler.callbacks = self.handler.callbacks, [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
+        everyone, step = self.handler.callbacks, self.state.global_step
+        self.handler.callbacks = [c for c in everyone if isinstance(c, ExportableState)]
         for e in evaluations:
             self.control.should_training_stop, self.state.global_step = False, e["at"]
             self.evaluated({f"eval_{k}": v for k, v in e["dev"].items()})
-        self.handler.callbacks = everyone
+        self.handler.callbacks, self.state.global_step = everyone, step
 
 # %% ../nbs/08_finetune.ipynb #35357ca8
 class _Best:
@@ -431,7 +432,6 @@ def train(self:_Run, done:int):
     cb.state.global_step, cb.state.epoch = done, float(done)
     cb.call("on_train_begin")
     cb.told_again(self.disk.evaluations)
-    cb.state.global_step = done
     if done not in looked and (done == 0 or done % self.config.eval_every == 0 or done == self.config.steps): cb.evaluated(self.evaluate_dev(done))
     for t in range(done, self.config.steps):
         if cb.control.should_training_stop: break

@@ -289,12 +289,13 @@ def estimate_memory(
     tokens:int = 4096, # tokens in a micro-batch, padding included
     length:int = 512, # longest sequence in a micro-batch, in tokens
     logit_rows:int = 256, # positions whose logits are computed at once
-    generation:bool = False, # whether answers are generated (key-value cache)
+    cache_tokens:int = 0, # tokens whose keys and values are kept at once, where answers are generated
 )->MemoryEstimate:
     "What a run needs, from the configuration alone: nothing is loaded"
     track, dtype, config = _choose("track", track, _TRACKS), _dtype_name(dtype), model_config(name)
     for k, v in dict(lora_rank=lora_rank, tokens=tokens, length=length, logit_rows=logit_rows).items():
         _check_int(k, v, 1)
+    _check_int("cache_tokens", cache_tokens, 0)
     _choose("restore", restore, {"copy": 1, "inplace": 1})
     model, size = _meta_model(config, dtype), _DTYPES[dtype]
     hidden, layers, ffn, vocab = _sizes(config)
@@ -302,12 +303,13 @@ def estimate_memory(
     n = sum(trained)
     if track == "lora":
         trained = [lora_rank * k for m in _lora_modules(model, lora_targets).values() for k in m.weight.shape]
-    per_token = max(9 * hidden, 3 * hidden + 2 * ffn) + length + generation * 4 * layers * hidden      # keys and values, read once and then moved into a fixed cache
+    per_token = max(9 * hidden, 3 * hidden + 2 * ffn) + length
+    cache = 2 * (layers + 2) * hidden                                                                   # keys and values, moved a layer at a time into a fixed cache
     return MemoryEstimate(
         name=str(resolve_model(name).name), track=track, dtype=dtype, n_parameters=n, n_trainable=sum(trained),
         weights=(n + sum(trained) * (track == "lora")) * size, restore_copy=sum(trained) * size * (restore == "copy"),
         best_copy=sum(trained) * size * bool(best_copy), noise=max(2 * 4 * max(trained), min(2**26, 4 * sum(trained))),
-        activations=tokens * per_token * size, logits=2 * 4 * logit_rows * vocab)
+        activations=(tokens * per_token + cache_tokens * cache) * size, logits=2 * 4 * logit_rows * vocab)
 
 # %% ../nbs/05_models.ipynb #5d56d4d2
 _DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",))

@@ -488,9 +488,10 @@ def _may_mix_lengths(self:GenerationF1)->bool:
     short = short if len(short) < len(long) else long[:-min(3, len(long) - 1)]
     with torch.inference_mode():
         if not head_is_plain(self.model, long): return False
-        try: ours = self._cut(self._decode(place([short, long], [[0], [1]], self.pad_id, self.device)))
+        try: ours = [self._cut(self._decode(place([short, long], plan, self.pad_id, self.device))) for plan in ([[0, 1]], [[0], [1]])]      # read together, and apart
         except (TypeError, ValueError, RuntimeError): return False
-        return ours == [self._cut(self._generate(place([s], [[0]], self.pad_id, self.device)[0]))[0] for s in (short, long)]
+        alone = [self._cut(self._generate(place([s], [[0]], self.pad_id, self.device)[0]))[0] for s in (short, long)]
+        return all(o == alone for o in ours)
 
 # %% ../nbs/06_objectives.ipynb #bab76134
 @patch
