@@ -92,7 +92,7 @@ def memory_needed(
     from paczero.objectives import default_max_tokens
     from paczero.tasks import resolve_task
     lora, cache = dict(lora_rank=recipe.lora_rank) if recipe.track == "lora" else {}, default_max_tokens(device, True) if resolve_task(recipe.task).kind == "generation" else 0
-    return estimate_memory(recipe.model, track=recipe.track, dtype=recipe.dtype, restore=recipe.restore, best_copy=recipe.select == "best" and device == "cpu",
+    return estimate_memory(recipe.model, track=recipe.track, dtype=recipe.dtype, restore=recipe.restore, best_copy=False,      # kept on the disk, or, from a GPU, in the main memory
                            tokens=default_max_tokens(device), cache_tokens=cache, **lora)
 
 # %% ../nbs/13_experiment.ipynb #bf719bf9

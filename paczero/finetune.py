@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .directions import SCHEDULES, Theta, learning_rate, z_fingerprint
+from .directions import KEEP, SCHEDULES, Theta, learning_rate, z_fingerprint
 from .mechanisms import Release
 from .subsets import KINDS, SubsetDesign
 from .transcript import (FORMAT, ChainedLog, Transcript, TranscriptError, canonical, coefficients, lock_folder,
@@ -330,18 +330,36 @@ class _Callbacks:
 
 # %% ../nbs/08_finetune.ipynb #35357ca8
 class _Best:
-    "The step with the lowest development loss, and the weights there."
-    def __init__(self, theta, select): self.theta, self.select, self.step, self.loss, self.weights = theta, select, 0, math.inf, None
+    "The step with the lowest development loss (or the last one), and the weights there."
+    def __init__(self, theta, select, folder):
+        self.theta, self.select, self.folder, self.step, self.loss, self.weights, self.file = theta, select, folder, 0, math.inf, None, None
+        self.large = theta.params[0].device.type == "cpu" and sum(p.numel() * p.element_size() for p in theta.params) > KEEP
+
     def see(self, step:int, loss:float):
         "Keep these weights if they are the best so far (or the last)."
-        if self.select == "last" or loss < self.loss:
-            self.step, self.loss = step, loss
-            self.weights = [p.detach().to("cpu", copy=True) for p in self.theta.params]
+        if self.select == "best" and not loss < self.loss: return
+        self.step, self.loss = step, loss
+        if self.select == "best" and not (self.large and self._spill()): self.weights = [p.detach().to("cpu", copy=True) for p in self.theta.params]
+
+    def _spill(self)->bool: # whether the disk took them
+        "Put the weights into the file, tensor by tensor."
+        import torch
+        try:
+            if self.file is None: self.file = tempfile.TemporaryFile(dir=self.folder)
+            self.file.seek(0)
+            for p in self.theta.params: self.file.write(p.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            self.file.flush()
+        except OSError: self.file, self.large = None, False; return False        # a full disk: then in memory
+        return True
+
     def load(self):
         "Put the kept weights into the model."
         import torch
         with torch.no_grad():
-            for p, w in zip(self.theta.params, self.weights or []): p.copy_(w)
+            if self.file: self.file.seek(0)
+            for i, p in enumerate(self.theta.params):
+                if self.file: p.copy_(torch.frombuffer(bytearray(self.file.read(p.numel() * p.element_size())), dtype=p.dtype).view(p.shape))
+                elif self.weights: p.copy_(self.weights[i])
 
 # %% ../nbs/08_finetune.ipynb #71965085
 def _objectives(model, tokenizer, task, runtime, team=None)->dict: # "pool", "dev", "test" -> objective
@@ -372,7 +390,7 @@ class _Run:
         self.disk = RunFolder(folder, description, header)
         theta = Theta(params, int(config.seed), config.zo_eps, config.restore)
         self.theta = LeadTheta(team, theta) if team else theta
-        self.best, self.clock = _Best(self.theta, config.select), 0.0
+        self.best, self.clock = _Best(self.theta, config.select, folder), 0.0
         self.cb = _Callbacks(callbacks, model, tokenizer, config, runtime, folder, self.device)
 
     @property
