@@ -104,7 +104,7 @@ class Theta:
         if not self.params: raise ValueError("the model has no trainable parameters")
         self.seed, self.eps, self.mode = seed, float(eps), restore
         self.home = [p.detach().clone() for p in self.params] if restore == "copy" else None
-        self.at = 0    # where θ stands in "inplace": 0, or the ±1 of θ ± εz
+        self.at, self.along = 0, None    # where θ stands: 0, or the ±1 of θ ± εz, and along which (step, k)
         self.blocks, self.kept = _blocks(self.params), {}
         if len(devices := {str(p.device) for p in self.params}) > 1: raise ValueError(f"all trainable parameters must be on one device, got {sorted(devices)}")
 
@@ -150,9 +150,11 @@ def move(self:Theta,
     to:int, # +1: θ + εz;  −1: θ − εz
 ):
     "Put the parameters at θ + εz or θ − εz."
-    alpha, z = self.eps * (to if self.mode == "copy" else to - self.at), self._z(step, k)
-    for block, zs in zip(self.blocks, z): self._write(block, _times(alpha, zs, isinstance(z, list)))
-    self.at = to
+    if self.home and to == -self.at and self.along == (step, k): torch._foreach_lerp_(self.params, self.home, 2.0)
+    else:
+        alpha, z = self.eps * (to if self.home else to - self.at), self._z(step, k)
+        for block, zs in zip(self.blocks, z): self._write(block, _times(alpha, zs, isinstance(z, list)))
+    self.at, self.along = to, (step, k)
 
 # %% ../nbs/03_directions.ipynb #9aa8e3ec
 @patch
