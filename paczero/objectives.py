@@ -199,10 +199,12 @@ def onednn_layers(
     "The layers that oneDNN may multiply."
     plain = lambda m: type(m) is torch.nn.Linear and "forward" not in vars(m) and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu" and m.weight.numel() >= smallest
     layers = [m for m in causal_lm(model).base_model.modules() if plain(m)]
+    if not layers: return []
     with torch.inference_mode():
-        b = _probe(model, ids)
-        theirs = hidden_at(model, b) if layers else None
-        with by_onednn(layers): return layers if layers and _agree(hidden_at(model, b), theirs) else []
+        b = _probe(model, ids); theirs = hidden_at(model, b)
+        try:
+            with by_onednn(layers): return layers if _agree(hidden_at(model, b), theirs) else []
+        except (AttributeError, RuntimeError, TypeError): return []         # a torch without this product, or with another of its name
 
 # %% ../nbs/06_objectives.ipynb #2b1a6cfc
 @dataclass(frozen=True)
