@@ -499,6 +499,7 @@ def load_task(
     else: test_targets = _check_rows(evaluation, spec, f"{source}, {split}")
     pool, dev = split_rows(len(train), n_train, n_dev, seed)
     test = eval_rows(len(evaluation), n_eval)
+    if path is not None: source = f"folder {Path(path).resolve().name}"      # its name goes into what a run leaves, not where it lies on this machine
     task = Task(name=spec.name, kind=spec.kind, options=spec.options, metric=spec.metric, source=source, seed=int(seed),
                 max_new_tokens=spec.max_new_tokens, stop=spec.stop,
                 pool=_render(train, targets, pool, spec, "train"),
