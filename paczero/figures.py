@@ -76,14 +76,15 @@ def plot_run(
 # %% ../nbs/12_figures.ipynb #a919257c
 def score_table(
     results, # FineTuneResults, the private run first
+    names=None, # what to call each of them, no name twice; None: by their methods
 ):
     "One row a state of the model: test score, its standard error, nats and posterior bound (a DataFrame)."
     import pandas as pd
     m0 = results[0].metrics; metric, n = m0["metric"], m0["n_test"]
     rows = [dict(what="before fine-tuning", key="before", score=m0["test_before"][metric], spent=0.0, posterior=m0["prior"])]
-    for r in results:
+    for r, name in zip(results, names or [method_label(r.metrics["mechanism"]) for r in results], strict=True):
         m = r.metrics
-        rows.append(dict(what=method_label(m["mechanism"]), key=m["mechanism"]["name"], score=m["test_after"][metric], spent=m["mi_spent"] if m["guarantee_covers"] else None,
+        rows.append(dict(what=name, key=m["mechanism"]["name"], score=m["test_after"][metric], spent=m["mi_spent"] if m["guarantee_covers"] else None,
                          posterior=m["posterior_bound"] if m["guarantee_covers"] else None))
     table = pd.DataFrame(rows)
     table["standard_error"] = (table.score * (1 - table.score) / n) ** .5
@@ -91,11 +92,12 @@ def score_table(
 
 def plot_scores(
     results, # FineTuneResults, the private run first
+    names=None, # as for `score_table`
 ):
     "Test score before and after, beside the references; returns the figure."
     import matplotlib.pyplot as plt
     style()
-    t, m = score_table(results), results[0].metrics
+    t, m = score_table(results, names), results[0].metrics
     fig, ax = plt.subplots(figsize=(7.6, .62 * len(t) + 1.3))
     ax.barh(t.what, t.score * 100, xerr=t.standard_error * 100, color=[COLOURS[k] for k in t.key], height=.62, error_kw=dict(lw=1, capsize=3, ecolor="#333333"))
     for i, row in t.iterrows(): ax.text(row.score * 100 + row.standard_error * 100 + 1, i, f"{100 * row.score:.1f} %", va="center")
