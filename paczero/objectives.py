@@ -143,7 +143,10 @@ def logits_at(
     return out[torch.arange(len(out), device=out.device)[:, None], b.read].float()
 
 # %% ../nbs/06_objectives.ipynb #297d062c
-def _agree(ours, theirs): return bool(((ours.float() - theirs.float()).abs().max() <= 2e-3 * theirs.float().abs().max().clamp(min=1)).item())
+def _agree(ours, theirs, dtype=torch.float32):
+    "Equal up to rounding: two thousandths of the largest number, or four units in the last place of `dtype` where that is more."
+    far = max(2e-3, 4 * torch.finfo(dtype).eps)
+    return bool(((ours.float() - theirs.float()).abs().max() <= far * theirs.float().abs().max().clamp(min=1)).item())
 
 def _probe(model, ids):
     "A batch of one sequence, read at its last two positions."
@@ -168,7 +171,7 @@ def last_layer_is_opt(
     if lm.config.model_type != "opt" or not lm.config.do_layer_norm_before: return False
     with torch.inference_mode():
         b = _probe(model, ids)
-        return _agree(hidden_at(model, b, only=True), hidden_at(model, b))
+        return _agree(hidden_at(model, b, only=True), hidden_at(model, b), lm.dtype)
 
 # %% ../nbs/06_objectives.ipynb #ff6fbf89
 LARGE = 1 << 18 # numbers in a weight: in smaller ones both are equally fast
@@ -377,7 +380,7 @@ def _may_share(self:OptionCrossEntropy, encoded)->bool:
         trees = option_trees(encoded, 0, shared)
         return sum(self._mean_logprobs(b).sum(0) for b in place_trees(trees, [[i] for i in range(len(trees))], len(self.options), self.pad_id, self.device))
     with torch.inference_mode():
-        try: return _agree(scores(True), scores(False))
+        try: return _agree(scores(True), scores(False), causal_lm(self.model).dtype)
         except (TypeError, ValueError, RuntimeError): return False         # a model that takes no such mask
 
 # %% ../nbs/06_objectives.ipynb #3a8b6e8e
@@ -501,11 +504,10 @@ def _decode(self:GenerationF1, group):
 
 # %% ../nbs/06_objectives.ipynb #4d18d1cc
 @patch
-def _generate(self:GenerationF1, b):
+def _generate(self:GenerationF1, b, **kw):
     "The same by the library's own loop; prompts of one length."
-    out = causal_lm(self.model).generate(input_ids=b.ids, attention_mask=torch.ones_like(b.ids), do_sample=False, num_beams=1,
-        max_new_tokens=self.max_new_tokens, eos_token_id=self.stop_ids.tolist(), pad_token_id=self.pad_id, use_cache=True)
-    return out[:, b.ids.shape[1]:]
+    return causal_lm(self.model).generate(input_ids=b.ids, attention_mask=torch.ones_like(b.ids), do_sample=False, num_beams=1,
+        max_new_tokens=self.max_new_tokens, eos_token_id=self.stop_ids.tolist(), pad_token_id=self.pad_id, use_cache=True, **kw)
 
 @patch
 def _cut(self:GenerationF1, tokens)->list: # of lists of token ids
@@ -517,20 +519,33 @@ def _cut(self:GenerationF1, tokens)->list: # of lists of token ids
 @patch
 def _answers(self:GenerationF1, group):
     "The generated texts of one group, cut at the stop string."
-    texts = self.tokenizer.batch_decode(self._cut(self._decode(group) if self.ragged else self._generate(*group)), skip_special_tokens=True)
+    texts = self.tokenizer.batch_decode(self._cut(self._decode(group) if self.ragged else self._generate(*group)[:, group[0].ids.shape[1]:]), skip_special_tokens=True)
     return [t.split(self.stop)[0].strip() for t in texts]
 
 @patch
+def _is_own(self:GenerationF1, ours, ids)->bool:
+    "Whether `ours` is the model's own answer behind the prompt `ids`, up to where two tokens are equally likely but for rounding."
+    out = self._generate(place([ids], [[0]], self.pad_id, self.device)[0], output_scores=True, return_dict_in_generate=True)
+    own = self._cut(out.sequences[:, len(ids):])[0]
+    apart = [t for t, (a, b) in enumerate(zip(own, ours)) if a != b]
+    if not apart: return own == ours
+    t, scores = apart[0], out.scores[apart[0]][0].float()
+    tie = 4 * torch.finfo(causal_lm(self.model).dtype).eps * scores[scores.isfinite()].abs().max()
+    return t > 0 and bool((scores[own[t]] - scores[ours[t]] <= tie).item())
+
+@patch
 def _may_mix_lengths(self:GenerationF1)->bool:
-    "Whether this model's own generation is what `_decode` gives, for two prompts of different length."
-    short, long = self.sequences[0], max(self.sequences, key=len)
-    short = short if len(short) < len(long) else long[:-min(3, len(long) - 1)]
+    "Whether this model's own generation is what `_decode` gives, for two prompts of different length; both go on past a stop, or a short answer would hide a fault."
+    long, usual = max(self.sequences, key=len), (self.stop_ids, self.max_new_tokens)
+    short = long[:1] + long[1 + len(long) // 3:]           # a good deal shorter: a model that sees the padding says something else
+    self.stop_ids, self.max_new_tokens = torch.full((1,), causal_lm(self.model).config.vocab_size, device=self.device), min(12, self.max_new_tokens)
     with torch.inference_mode():
-        if not head_is_plain(self.model, long): return False
-        try: ours = [self._cut(self._decode(place([short, long], plan, self.pad_id, self.device))) for plan in ([[0, 1]], [[0], [1]])]      # read together, and apart
+        try:
+            if not head_is_plain(self.model, long): return False
+            ours = [self._cut(self._decode(place([short, long], plan, self.pad_id, self.device))) for plan in ([[0, 1]], [[0], [1]])]      # read together, and apart
+            return all(self._is_own(o, s) for pair in ours for o, s in zip(pair, (short, long)))
         except (TypeError, ValueError, RuntimeError): return False
-        alone = [self._cut(self._generate(place([s], [[0]], self.pad_id, self.device)[0]))[0] for s in (short, long)]
-        return all(o == alone for o in ours)
+        finally: self.stop_ids, self.max_new_tokens = usual
 
 # %% ../nbs/06_objectives.ipynb #bab76134
 @patch
