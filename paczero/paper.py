@@ -155,7 +155,7 @@ TINY_LR = {"raw_full": 4e-4, "raw_half": 4e-4}      # raw means are larger than 
 TINY_DP = {"dpzero": dict(lr=1e-4, clip=20.0, steps=2340, eval_every=390, k=1), "dp-aggzo": dict(lr=2e-3, clip=4.0, steps=36, eval_every=6, k=64)}
 _DP_COMMON = dict(dp_epsilon=2.0, dp_delta=1e-5, sample_rate=0.064, m=None, lr_schedule="constant")
 # A real model at a laptop's size: rates set from measured differences, the runs in nbs/paper/smollm2.ipynb
-SMOLLM2 = dict(steps=250, m=16, n_train=128, n_dev=128, n_eval=872, eval_every=25, lr_schedule="polynomial-to-zero", source="measured on SST-2 with two CPU cores (nbs/paper/smollm2.ipynb)")
+SMOLLM2 = dict(steps=250, m=16, n_train=128, n_dev=128, n_eval=872, eval_every=25, lr_schedule="polynomial-to-zero", dtype="float32", source="measured on SST-2 with two CPU cores (nbs/paper/smollm2.ipynb)")
 SMOLLM2_LR = {"full": 5e-4, "lora": 5e-3}, {"full": 4e-5, "lora": 4e-3}      # of signs, of raw means
 HEADLINE = {"opt-1.3b": "sst2_1p3b_ft_paczpl_s0", "opt-6.7b": "sst2_6p7b_lora_paczpl_s0"}
 _SIZES = {"opt-125m": 0.125, "opt-350m": 0.35, "opt-1.3b": 1.3, "opt-2.7b": 2.7, "opt-6.7b": 6.7, "opt-13b": 13, "opt-30b": 30, "opt-66b": 66}
