@@ -13,6 +13,9 @@ RUN = "import sys; from pathlib import Path; from nbdev.test import test_nb; ok,
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(path, tmp_path):
+    kept = {f: f.read_bytes() for f in (readme.ROOT / "results" / "paper").glob(f"{path.stem}*-miniature.csv")} if path.parent.name == "paper" else {}
     env = dict(os.environ, MPLBACKEND="agg", HF_HUB_OFFLINE="1", PACZERO_STATE_DIR=str(tmp_path / "state"))
     done = subprocess.run([sys.executable, "-c", RUN, str(path)], cwd=path.parent, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    stale = [f.name for f, before in kept.items() if f.read_bytes() != before]
+    assert not stale, f"results/paper/ was not what {path.name} makes of results/miniature/ and is now: commit {stale} and the figures beside them"
