@@ -280,7 +280,8 @@ def peak_memory(device)->int: # bytes
 def describe_model(model)->dict:
     "The model as the transcript names it: no path of this machine, but a digest of every weight."
     from paczero.models import trainable_parameters
-    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    from paczero.objectives import causal_lm
+    lm = causal_lm(model)
     params = trainable_parameters(model)
     name = str(getattr(model, "paczero", {}).get("model") or lm.config._name_or_path or lm.config.model_type)
     out = dict(name=Path(name).name if Path(name).is_dir() else name,
@@ -435,7 +436,8 @@ class _Run:
 
     def _warn_of_eps(self):
         "An ε whose differences a half-precision dtype drowns is noticed before the first step, on the development set."
-        lm = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        from paczero.objectives import causal_lm
+        lm = causal_lm(self.model)
         if lm.dtype.itemsize >= 4 or self.team or self.theta.mode != "copy" or self.dev.metric != "accuracy": return
         rows = list(range(min(64, len(self.task.dev))))
         try: error = rounding_error(self.theta, lambda: self.dev.losses(rows))

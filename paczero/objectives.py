@@ -144,8 +144,8 @@ def logits_at(
 
 # %% ../nbs/06_objectives.ipynb #297d062c
 def _agree(ours, theirs, dtype=torch.float32):
-    "Equal up to rounding: two thousandths of the largest number, or four units in the last place of `dtype` where that is more."
-    far = max(2e-3, 4 * torch.finfo(dtype).eps)
+    "Equal up to rounding: two thousandths of the largest number, or two units in the last place of `dtype` where that is more (bfloat16)."
+    far = max(2e-3, 2 * torch.finfo(dtype).eps)
     return bool(((ours.float() - theirs.float()).abs().max() <= far * theirs.float().abs().max().clamp(min=1)).item())
 
 def _probe(model, ids):
@@ -523,15 +523,17 @@ def _answers(self:GenerationF1, group):
     return [t.split(self.stop)[0].strip() for t in texts]
 
 @patch
-def _is_own(self:GenerationF1, ours, ids)->bool:
-    "Whether `ours` is the model's own answer behind the prompt `ids`, up to where two tokens are equally likely but for rounding."
+def _own(self:GenerationF1, ids)->tuple: # token ids, and the scores that each was the largest of
+    "The model's own answer behind the prompt `ids`."
     out = self._generate(place([ids], [[0]], self.pad_id, self.device)[0], output_scores=True, return_dict_in_generate=True)
-    own = self._cut(out.sequences[:, len(ids):])[0]
+    return self._cut(out.sequences[:, len(ids):])[0], out.scores
+
+def _same_answer(ours, own, scores, dtype)->bool:
+    "Whether two answers are one, up to where two tokens are equally likely but for rounding."
     apart = [t for t, (a, b) in enumerate(zip(own, ours)) if a != b]
     if not apart: return own == ours
-    t, scores = apart[0], out.scores[apart[0]][0].float()
-    tie = 4 * torch.finfo(causal_lm(self.model).dtype).eps * scores[scores.isfinite()].abs().max()
-    return t > 0 and bool((scores[own[t]] - scores[ours[t]] <= tie).item())
+    t, s = apart[0], scores[apart[0]][0].float()
+    return t > 0 and bool((s[own[t]] - s[ours[t]] <= 2 * torch.finfo(dtype).eps * s[s.isfinite()].abs().max()).item())
 
 @patch
 def _may_mix_lengths(self:GenerationF1)->bool:
@@ -543,7 +545,8 @@ def _may_mix_lengths(self:GenerationF1)->bool:
         try:
             if not head_is_plain(self.model, long): return False
             ours = [self._cut(self._decode(place([short, long], plan, self.pad_id, self.device))) for plan in ([[0, 1]], [[0], [1]])]      # read together, and apart
-            return all(self._is_own(o, s) for pair in ours for o, s in zip(pair, (short, long)))
+            own = [self._own(ids) for ids in (short, long)]
+            return all(_same_answer(o, *alone, causal_lm(self.model).dtype) for pair in ours for o, alone in zip(pair, own))
         except (TypeError, ValueError, RuntimeError): return False
         finally: self.stop_ids, self.max_new_tokens = usual
 
