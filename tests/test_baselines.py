@@ -9,7 +9,7 @@ from scipy import stats
 
 from paczero import paper
 from paczero.accounts import accounts
-from paczero.experiment import choose_recipe
+from paczero.lab.experiment import choose_recipe
 from paczero.finetune import FineTuneConfig, Runtime, finetune, load_result
 from paczero.mechanisms import MIBudget, NonPrivate, Release, ZPL, make_mechanism
 from paczero.models import load_model
@@ -18,7 +18,8 @@ from paczero.tasks import load_task
 from paczero.transcript import Transcript, replay, weights_digest
 
 pytest.importorskip("opacus")
-from paczero.baselines import DPAggZO, DPZero, clipped_sum, dp_posterior_bound, epsilon_spent, matched_budget, noise_multiplier
+from paczero.mechanisms.gaussian import DPAggZO, DPZero, clipped_sum
+from paczero.mechanisms.accountant import dp_posterior_bound, epsilon_spent, matched_budget, noise_multiplier
 
 PLAN = dict(epsilon=2.0, sample_rate=0.1, steps=4, clip=20.0)
 DESIGN = SubsetDesign(500, 4, 0)
@@ -246,13 +247,13 @@ def test_a_cell_with_another_mechanism():
 
 def test_tables_and_figures_take_them(task, tmp_path):
     import matplotlib; matplotlib.use("Agg")
-    from paczero import experiment, figures, publish
+    from paczero import experiment, show, publish
     runs = [go(m, task, tmp_path / n) for n, m in (("dp", DPZero(**PLAN)), ("small", NonPrivate(batch=8)), ("zpl", ZPL()))]
-    for r in runs: figures.plot_run(r, runs[-1])
-    figures.plot_scores(runs)
-    table, bad = figures.collect(tmp_path)
-    assert not bad and len(table) == 3 and set(figures.summarise(table)["I(S*; Y), nats"]) == {"0", "not private", f"– (ε = {runs[0].metrics['epsilon_spent']:.3g})"}
-    assert any("DPZero (ε = 2)" in x for x in figures.readable_scores(runs).index) and "batches of 8" in figures.method_label(runs[1].metrics["mechanism"])
+    for r in runs: show.plot_run(r, runs[-1])
+    show.plot_scores(runs)
+    table, bad = show.collect(tmp_path)
+    assert not bad and len(table) == 3 and set(show.summarise(table)["I(S*; Y), nats"]) == {"0", "not private", f"– (ε = {runs[0].metrics['epsilon_spent']:.3g})"}
+    assert any("DPZero (ε = 2)" in x for x in show.readable_scores(runs).index) and "batches of 8" in show.method_label(runs[1].metrics["mechanism"])
     assert "ε = " in experiment.release_summary(runs[0]).loc["spent"].iloc[0] and "differentially private" in publish.model_card(runs[0])
     recipe = paper.recipe_for(mechanism="dp-aggzo", seed=3, n_train=500)
     beside = experiment.reference_recipe(recipe)

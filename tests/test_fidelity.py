@@ -94,7 +94,8 @@ def test_losses_on_sst2_by_the_definition():
 
 def test_too_long_prompts_lose_their_left_end():
     "At 2048 tokens; OPT's leading </s> stays, and so does the question, which is on the right."
-    from paczero.objectives import encode, encode_options
+    from paczero.objectives.tokens import encode
+    from paczero.objectives import encode_options
     _, tokenizer = load_model("tiny-opt")
     text = "Title: x\nContext: " + " ".join(f"word{i}" for i in range(3000)) + "\nQuestion: which?\nAnswer:"
     ids = tokenizer(text).input_ids
@@ -110,7 +111,7 @@ def test_schedule_is_that_of_hugging_face():
     "'polynomial' of power 1 to 1e-7, step by step as the scheduler itself counts."
     import torch
     from transformers import get_scheduler
-    from paczero.directions import learning_rate
+    from paczero.schedule import learning_rate
     for lr, steps in ((1e-4, 1000), (1e-3, 1500), (5e-6, 20000)):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
         scheduler = get_scheduler("polynomial", optimizer, num_warmup_steps=0, num_training_steps=steps, scheduler_specific_kwargs=dict(lr_end=1e-7, power=1.0))

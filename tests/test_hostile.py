@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from paczero.accounts import accounts
-from paczero.experiment import choose_folder, choose_recipe
+from paczero.lab.places import choose_folder
+from paczero.lab.experiment import choose_recipe
 from paczero.finetune import FineTuneConfig, Runtime, finetune, load_result
 from paczero.mechanisms import Ledger, MIBudget, Release, ZPL, make_mechanism, pack_signs, unpack_signs
 from paczero.models import convert_to_safetensors, load_model
@@ -336,7 +337,7 @@ def bomb_code(mark): return f"open({str(mark)!r}, 'w')\nfrom transformers import
 
 @pytest.mark.parametrize("kind", ["pickle", "pickled tensors", "remote model", "remote tokenizer", "adapter beside", "huge header", "index outside", "not a model", "custom generate"])
 def test_models_from_strangers(kind, tmp_path):
-    from paczero.embedded import tiny_opt_path
+    from paczero.tasks.embedded import tiny_opt_path
     import torch
     d, mark = tmp_path / "model", tmp_path / "executed"
     shutil.copytree(tiny_opt_path(), d)

@@ -44,7 +44,7 @@ def test_parameters_tag():
     nb = json.loads((ROOT / "nbs" / "run_experiment.ipynb").read_text(encoding="utf-8"))
     tagged = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
-    from paczero.experiment import PARAMETERS
+    from paczero.lab.experiment import PARAMETERS
     names = re.findall(r"^(\w+) =", "".join(tagged[0]["source"]), re.M)
     assert set(PARAMETERS) < set(names) and {"cell", "device", "data_path", "reference", "run_id"} < set(names)
 

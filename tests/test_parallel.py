@@ -20,7 +20,8 @@ def play(rank, root):
     import paczero.finetune as F
     import paczero.parallel as P
     from paczero.directions import Theta
-    from paczero.mechanisms import MIBudget, ZPL, _OSEntropy
+    from paczero.mechanisms import MIBudget, ZPL
+    from paczero.mechanisms.secret import OSEntropy
     from paczero.models import load_model
     from paczero.tasks import load_task
     from paczero.transcript import weights_digest
@@ -35,7 +36,7 @@ def play(rank, root):
 
     class SecretBatches(ZPL): secret_batches = True
 
-    real = dict(tell=P.Team.tell, answer=P.Team.answer, update=Theta.update, losses=P.Share.losses, bits=_OSEntropy.bits, below=_OSEntropy.below)
+    real = dict(tell=P.Team.tell, answer=P.Team.answer, update=Theta.update, losses=P.Share.losses, bits=OSEntropy.bits, below=OSEntropy.below)
 
     def tell(self, what, *args): said.append(json.dumps([what, *args])); return real["tell"](self, what, *args)
     def answer(self, data): said.append(data if isinstance(data, str) else data.hex()); return real["answer"](self, data)
@@ -63,13 +64,13 @@ def play(rank, root):
         except BaseException as e: out[name] = dict(error=f"{type(e).__name__}: {e}")
         else: out[name] = dict(weights=weights_digest(r.model), metrics=r.metrics)
         out[name] |= dict(said=list(said), bound=mechanism.design is not None, secret=mechanism._secret is not None)
-        Theta.update, P.Share.losses, _OSEntropy.bits, _OSEntropy.below = (real[k] for k in ("update", "losses", "bits", "below"))
+        Theta.update, P.Share.losses, OSEntropy.bits, OSEntropy.below = (real[k] for k in ("update", "losses", "bits", "below"))
         (root / f"{rank}.json").write_text(json.dumps(out))
 
     def fix(index): # coins and noise as told, the secret as told; nothing else knows
         def go():
-            _OSEntropy.bits = lambda self, k, where: int.from_bytes(hashlib.shake_256(f"twins {where}".encode()).digest((k + 7) // 8), "big") >> (-k % 8)
-            _OSEntropy.below = lambda self, m, where: index
+            OSEntropy.bits = lambda self, k, where: int.from_bytes(hashlib.shake_256(f"twins {where}".encode()).digest((k + 7) // 8), "big") >> (-k % 8)
+            OSEntropy.below = lambda self, m, where: index
         return go
 
     def patch(cls, name, f): return lambda: setattr(cls, name, f)

@@ -15,8 +15,10 @@ import readme
 import torch
 
 import paczero.finetune as F
-from paczero.finetune import FineTuneConfig, Runtime, finetune, secret_file
-from paczero.mechanisms import MIBudget, Secret, ZPL, _OSEntropy
+from paczero.finetune import FineTuneConfig, Runtime, finetune
+from paczero.run.folder import secret_file
+from paczero.mechanisms import MIBudget, Secret, ZPL
+from paczero.mechanisms.secret import OSEntropy
 from paczero.models import load_model
 from paczero.publish import model_card, save_release
 from paczero.subsets import SubsetDesign
@@ -45,8 +47,8 @@ def go(mechanism, folder=None, m=M, steps=STEPS, callbacks=(), test=False, **kw)
 def fix(monkeypatch, index):
     "The operating system's entropy for a test: bits as told, the secret as told. Nothing else knows that it is a test."
     def bits(self, k, where): return int.from_bytes(hashlib.shake_256(f"twins {where}".encode()).digest((k + 7) // 8), "big") >> (-k % 8)
-    monkeypatch.setattr(_OSEntropy, "bits", bits)
-    monkeypatch.setattr(_OSEntropy, "below", lambda self, m, where: index)
+    monkeypatch.setattr(OSEntropy, "bits", bits)
+    monkeypatch.setattr(OSEntropy, "below", lambda self, m, where: index)
     monkeypatch.setattr(F, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     monkeypatch.setattr(F, "peak_memory", lambda device: 0)
 
@@ -114,7 +116,7 @@ def everything(monkeypatch, capfd, recwarn, root, index):
             assert e.value.__traceback__ is not None
 
         provoke("callback", callbacks=[Fail], error=RuntimeError)
-        def in_noise(mp): mp.setattr(_OSEntropy, "gauss", lambda self, where: 1 / 0)
+        def in_noise(mp): mp.setattr(OSEntropy, "gauss", lambda self, where: 1 / 0)
         provoke("noise", in_noise, ZeroDivisionError)                    # the frame above holds the secret
         def interrupted(mp): mp.setattr(Secret, "pick", lambda self, values: (_ for _ in ()).throw(KeyboardInterrupt()))
         provoke("interrupt", interrupted, BaseException)
@@ -188,10 +190,10 @@ if any("ipykernel" in a for a in sys.orig_argv):
     import hashlib
     from types import SimpleNamespace
     import paczero.finetune as F, paczero.experiment
-    from paczero.mechanisms import _OSEntropy
+    from paczero.mechanisms import OSEntropy
     def bits(self, k, where): return int.from_bytes(hashlib.shake_256(f"twins {where}".encode()).digest((k + 7) // 8), "big") >> (-k % 8)
-    _OSEntropy.bits = bits
-    _OSEntropy.below = lambda self, m, where: int(os.environ["TWIN"])
+    OSEntropy.bits = bits
+    OSEntropy.below = lambda self, m, where: int(os.environ["TWIN"])
     F.time, F.peak_memory = SimpleNamespace(perf_counter=lambda: 0.0), lambda device: 0
 """
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from paczero.__main__ import main
-from paczero.sweep import plan, state, steps_done, sweep
+from paczero.cli.main import main
+from paczero.lab.select import plan
+from paczero.run.folder import state, steps_done
+from paczero.lab.sweep import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ["sst2_1p3b_ft_paczpl_s0", "sst2_1p3b_ft_paczpl_s1"]
@@ -46,7 +48,7 @@ def test_dry_run_says_what_it_costs_and_does_nothing(tmp_path, capsys):
 def test_the_cost_comes_from_runs_of_the_same_kind(tmp_path):
     "A finished run of this machine gives the speed; one of another machine, or a broken one, does not."
     import platform
-    from paczero.sweep import measured
+    from paczero.lab.cost import measured
     def run(name, **changes):
         folder = tmp_path / "runs" / name; folder.mkdir(parents=True)
         m = dict(model="opt-125m", task="sst2", seconds_per_step=6., n_pool=300, seconds=60., device="cpu", cpus=os.cpu_count(), machine=platform.machine()) | changes
