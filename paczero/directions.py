@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PIECE', 'KEEP', 'direction_seed', 'direction', 'z_fingerprint', 'Theta', 'peak_extra_bytes']
 
-# %% ../nbs/rooms/directions.ipynb #561f1ef3
+# %% ../nbs/rooms/directions.ipynb #91b9618a
 import hashlib, math, os, torch
 from fastcore.basics import patch
 
-# %% ../nbs/rooms/directions.ipynb #12cd279d
+# %% ../nbs/rooms/directions.ipynb #11566aaf
 def direction_seed(
     seed:int, # the run's public seed, >= 0
     step:int, # t, counted from 0
@@ -22,16 +22,19 @@ def direction_seed(
     digest = hashlib.sha256(f"paczero direction {seed} {step} {k}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
-# %% ../nbs/rooms/directions.ipynb #8c038e83
+# %% ../nbs/rooms/directions.ipynb #5db1270e
 PIECE = 1 << 15 # numbers, a multiple of 16: 128 KiB of z
 
 def _spans(p): # yields (start, stop)
     "The pieces in which z is drawn for a tensor."
     n, a = p.numel(), 0
     if p.device.type == "cpu" and p.is_contiguous():
-        while n - a >= PIECE + 16: yield a, a + PIECE; a += PIECE
+        while n - a >= PIECE + 16:
+            yield a, a + PIECE
+            a += PIECE
     yield a, n
 
+# %% ../nbs/rooms/directions.ipynb #f986e1e1
 def direction(
     params, # list of tensors: the trainable parameters, in their fixed order
     seed:int, # from `direction_seed`
@@ -41,12 +44,13 @@ def direction(
     device = params[0].device
     gen = torch.Generator(device=device).manual_seed(seed)
     for p in params:
-        if p.device != device: raise ValueError(f"all trainable parameters must be on one device, got {device} and {p.device}")
+        if p.device != device:
+            raise ValueError(f"all trainable parameters must be on one device, got {device} and {p.device}")
         z = torch.empty(p.shape, device=device, dtype=torch.float32)
         for a, b in _spans(p): z.view(-1)[a:b].normal_(generator=gen)
         yield z
 
-# %% ../nbs/rooms/directions.ipynb #819934f2
+# %% ../nbs/rooms/directions.ipynb #11908d60
 def z_fingerprint(
     seed:int, # the run's public seed
     device="cpu", # where the trainable parameters live
@@ -57,52 +61,67 @@ def z_fingerprint(
     for z in direction(probes, direction_seed(seed, 0)): h.update(z.cpu().numpy().astype("<f4").tobytes())
     return h.hexdigest()[:32]
 
-# %% ../nbs/rooms/directions.ipynb #9199ecce
+# %% ../nbs/rooms/directions.ipynb #fb39df15
 KEEP = 1 << 26 # bytes of z that may stay from move to move within a step: 64 MiB
 
-def _blocks(params): # list of blocks, each a list of (parameter's index, start, stop)
-    "The parameters cut into pieces, small ones put together, so that a handful of calls serves many of LoRA's matrices."
-    blocks, room, size = [], -1, PIECE + 16 if params[0].device.type == "cpu" else 1 << 22
-    for i, p in enumerate(params):
-        for a, b in _spans(p):
-            if b - a > room: blocks.append([]); room = size
-            blocks[-1].append((i, a, b)); room -= b - a
-    return blocks
-
-def _views(tensors, block): # list of tensors that share memory with `tensors`
-    "The parts of the tensors that a block names."
-    return [t if b - a == t.numel() else t.view(-1)[a:b] for t, a, b in ((tensors[i].detach(), a, b) for i, a, b in block)]
-
 class Theta:
-    "The trainable parameters as a point that can be moved to θ ± εz and updated along z, with z made from public seeds."
+    "The trainable parameters: a point to be moved to θ ± εz and updated along z, with z made from public seeds."
     def __init__(self,
         params, # list of tensors, or of (name, tensor): the trainable parameters in their fixed order
         seed:int, # the run's public seed
         eps:float=1e-3, # ε, the distance of the two points from θ
         restore:str="copy", # "copy": exact, one copy in memory; "inplace": no copy, rounding adds up
     ):
-        if restore not in ("copy", "inplace"): raise ValueError(f"restore must be 'copy' or 'inplace', got {restore!r}")
-        if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0): raise ValueError(f"zo_eps must be > 0, got {eps!r}")
         self.params = [p[1] if isinstance(p, tuple) else p for p in params]
-        if not self.params: raise ValueError("the model has no trainable parameters")
+        _check(self.params, eps, restore)
         self.seed, self.eps, self.mode = seed, float(eps), restore
         self.home = [p.detach().clone() for p in self.params] if restore == "copy" else None
         self.at, self.along = 0, None    # where θ stands: 0, or the ±1 of θ ± εz, and along which (step, k)
         self.blocks, self.kept = _blocks(self.params), {}
-        if len(devices := {str(p.device) for p in self.params}) > 1: raise ValueError(f"all trainable parameters must be on one device, got {sorted(devices)}")
 
     @property
     def size(self)->int: # d, the number of trainable parameters
         "How many numbers the point has."
         return sum(p.numel() for p in self.params)
 
-# %% ../nbs/rooms/directions.ipynb #f27a26ae
+# %% ../nbs/rooms/directions.ipynb #47d20167
+def _check(params, eps, restore):
+    "Refuse what cannot be moved, before anything moves."
+    if restore not in ("copy", "inplace"):
+        raise ValueError(f"restore must be 'copy' or 'inplace', got {restore!r}")
+    if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
+        raise ValueError(f"zo_eps must be > 0, got {eps!r}")
+    if not params: raise ValueError("the model has no trainable parameters")
+    if len(devices := {str(p.device) for p in params}) > 1:
+        raise ValueError(f"all trainable parameters must be on one device, got {sorted(devices)}")
+
+# %% ../nbs/rooms/directions.ipynb #133afca1
+def _blocks(params): # list of blocks, each a list of (parameter's index, start, stop)
+    "The parameters cut into pieces, small ones put together."
+    blocks, room, size = [], -1, PIECE + 16 if params[0].device.type == "cpu" else 1 << 22
+    for i, p in enumerate(params):
+        for a, b in _spans(p):
+            if b - a > room:
+                blocks.append([])
+                room = size
+            blocks[-1].append((i, a, b))
+            room -= b - a
+    return blocks
+
+def _views(tensors, block): # list of tensors that share memory with `tensors`
+    "The parts of the tensors that a block names."
+    parts = [(tensors[i].detach(), a, b) for i, a, b in block]
+    return [t if b - a == t.numel() else t.view(-1)[a:b] for t, a, b in parts]
+
+# %% ../nbs/rooms/directions.ipynb #3fdef160
 @patch
 def _draw(self:Theta, step, k):
     "Draw z: one list of float32 tensors for each block."
-    gen = torch.Generator(device=self.params[0].device).manual_seed(direction_seed(self.seed, step, k))
+    device = self.params[0].device
+    gen = torch.Generator(device=device).manual_seed(direction_seed(self.seed, step, k))
     for block in self.blocks:
-        yield [torch.empty(v.shape, device=v.device, dtype=torch.float32).normal_(generator=gen) for v in _views(self.params, block)]
+        shapes = [v.shape for v in _views(self.params, block)]
+        yield [torch.empty(s, device=device, dtype=torch.float32).normal_(generator=gen) for s in shapes]
 
 @patch
 def _z(self:Theta, step, k): # list where it is kept, generator where not; of lists of tensors
@@ -119,11 +138,12 @@ def _times(alpha, zs, kept): # list of tensors
     torch._foreach_mul_(zs, alpha)
     return zs
 
-# %% ../nbs/rooms/directions.ipynb #d534117a
+# %% ../nbs/rooms/directions.ipynb #8a3ce129
 @patch
 def _write(self:Theta, block, dz):
     "θ' ← θ + dz for one block, added in float32 (or wider) and rounded once."
-    for p, h, d in zip(_views(self.params, block), _views(self.home or self.params, block), dz): torch.add(h, d, out=p)
+    here, home = _views(self.params, block), _views(self.home or self.params, block)
+    for p, h, d in zip(here, home, dz): torch.add(h, d, out=p)
 
 @patch
 @torch.no_grad()
@@ -133,13 +153,14 @@ def move(self:Theta,
     to:int, # +1: θ + εz;  −1: θ − εz
 ):
     "Put the parameters at θ + εz or θ − εz."
+    if not self.home and self.at and self.along != (step, k): self.restore(*self.along)
     if self.home and to == -self.at and self.along == (step, k): torch._foreach_lerp_(self.params, self.home, 2.0)
     else:
         alpha, z = self.eps * (to if self.home else to - self.at), self._z(step, k)
         for block, zs in zip(self.blocks, z): self._write(block, _times(alpha, zs, isinstance(z, list)))
     self.at, self.along = to, (step, k)
 
-# %% ../nbs/rooms/directions.ipynb #6fb1174e
+# %% ../nbs/rooms/directions.ipynb #b6472bcc
 @patch
 @torch.no_grad()
 def restore(self:Theta,
@@ -151,6 +172,7 @@ def restore(self:Theta,
     elif self.at: self.move(step, k, 0)
     self.at = 0
 
+# %% ../nbs/rooms/directions.ipynb #843b9dac
 @patch
 @torch.no_grad()
 def update(self:Theta,
@@ -159,7 +181,7 @@ def update(self:Theta,
 ):
     "θ ← θ − Σ a_k z_k, along the very directions of `move`; afterwards the parameters stand at the new θ."
     coefficients = list(coefficients)
-    if self.home is None: coefficients[-1] += self.at * self.eps      # in place: come back from the last point on the way
+    if self.home is None: coefficients[-1] += self.at * self.eps      # come back from the last point on the way
     streams = [self._z(step, k) for k in range(len(coefficients))]
     for block, zs, *others in zip(self.blocks, *streams):
         total = _times(-coefficients[0], zs, isinstance(streams[0], list))
@@ -168,7 +190,7 @@ def update(self:Theta,
         if self.home: torch._foreach_copy_(_views(self.home, block), _views(self.params, block))
     self.at = 0
 
-# %% ../nbs/rooms/directions.ipynb #67df55c0
+# %% ../nbs/rooms/directions.ipynb #68a5976c
 @patch
 @torch.no_grad()
 def surviving(self:Theta,
@@ -180,23 +202,32 @@ def surviving(self:Theta,
     wanted, got = 0., 0.
     for h, *z in zip(_views(self.home or self.params, self.blocks[0]), *zs):
         d = sum(-a * x for a, x in zip(coefficients, z))
-        wanted += d.square().sum().item(); got += ((h + d).to(h.dtype).float() - h.float()).mul(d).sum().item()
+        wanted += d.square().sum().item()
+        got += ((h + d).to(h.dtype).float() - h.float()).mul(d).sum().item()
     return got / wanted if wanted else 1.
 
-# %% ../nbs/rooms/directions.ipynb #2ef5ee90
+# %% ../nbs/rooms/directions.ipynb #0945a570
 def peak_extra_bytes(
     f, # () -> anything: what is measured; its result is dropped while the meter runs
     device="cpu", # whose memory
 )->int: # bytes above what was held before
     "The most memory that torch held on `device` while `f()` ran, beyond what it held before."
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device); torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
-        f(); torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+    if torch.device(device).type == "cuda": return _peak_extra_cuda(f, device)
     from torch.profiler import ProfilerActivity, profile
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")      # else the profiler reports its own starts and stops on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")      # else the profiler reports its own starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: f()
-    events = sorted((e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
-    for e in events: held += e.nbytes(); peak = max(peak, held)
+    for e in sorted(events, key=lambda e: e.start_ns()):
+        held += e.nbytes()
+        peak = max(peak, held)
     return peak
+
+def _peak_extra_cuda(f, device)->int:
+    "By the allocator of a GPU, which keeps the peak itself."
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    f()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
