@@ -5,24 +5,26 @@
 # %% auto #0
 __all__ = ['STAMP', 'Secret', 'Ledger', 'Release', 'pack_signs', 'unpack_signs', 'Guarantee', 'Mechanism', 'ZPL', 'MIBudget',
            'NonPrivate', 'SIGNALS', 'dp_posterior_bound', 'epsilon_spent', 'matched_budget', 'noise_multiplier',
-           'DPAggZO', 'DPZero', 'clipped_sum', 'MECHANISM_NAMES', 'MECHANISMS', 'make_mechanism']
+           'DPAggZO', 'DPZero', 'clipped_sum', 'MECHANISM_NAMES', 'MECHANISMS', 'make_mechanism', 'Field', 'look',
+           'register_mechanism']
 
-# %% ../../nbs/rooms/mechanisms/index.ipynb #d509cb6b
+# %% ../../nbs/rooms/mechanisms/index.ipynb #21fabacb
 from .secret import STAMP, Secret
 from .release import Ledger, Release, pack_signs, unpack_signs
 from .guarantee import Guarantee
+from .fields import Field
 from .base import Mechanism
 from .zpl import ZPL
 from .mi import MIBudget
 from .nonprivate import NonPrivate, SIGNALS
 from .accountant import dp_posterior_bound, epsilon_spent, matched_budget, noise_multiplier
 from .gaussian import DPAggZO, DPZero, clipped_sum
-from .registry import MECHANISM_NAMES, MECHANISMS, make_mechanism
+from .registry import MECHANISM_NAMES, MECHANISMS, look, make_mechanism, register_mechanism
 
-# %% ../../nbs/rooms/mechanisms/index.ipynb #e6e7732a
+# %% ../../nbs/rooms/mechanisms/index.ipynb #58d00978
 _all_ = [
     "STAMP", "Secret", "Ledger", "Release", "pack_signs", "unpack_signs", "Guarantee", "Mechanism",
     "ZPL", "MIBudget", "NonPrivate", "SIGNALS", "dp_posterior_bound", "epsilon_spent",
     "matched_budget", "noise_multiplier", "DPAggZO", "DPZero", "clipped_sum", "MECHANISM_NAMES",
-    "MECHANISMS", "make_mechanism",
+    "MECHANISMS", "make_mechanism", "Field", "look", "register_mechanism",
 ]

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['clipped_sum', 'DPZero', 'DPAggZO']
 
-# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #7352b001
+# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #14e0160a
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 import numpy as np
 from fastcore.basics import patch
-from ..check import finite, integer, number
+from ..check import finite, integer, is_number, number, require
 from .accountant import check_plan, dp_posterior_bound, epsilon_spent, noise_multiplier
 from .base import Mechanism
+from .fields import Field
+from .registry import register_mechanism
 from .guarantee import Guarantee, number_text, rounded_up
 from .release import Ledger, Release
 from .secret import STAMP
@@ -73,10 +75,32 @@ class DPGuarantee(Guarantee):
                 ('clipping bound c', number_text(self.clip)), ('noise multiplier σ', number_text(self.noise_multiplier)), ('accountant', self.accountant), ('releases made', self.releases),
                 ("attacker's success on one example, prior 1/2, at most", rounded_up(self.posterior_bound)), ('I(S*; Y), nats', 'does not apply')]
 
-# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #5e07f2e2
+# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #158de9e8
 class _Gaussian(Mechanism):
     "Poisson batch, clipped sum, Gaussian noise; (ε, δ)-DP over all steps."
-    secret_batches = True
+    secret_batches = dp = True
+    fields = (
+        Field(name='dp_epsilon', help='ε', default=2.0, argument='epsilon', short='epsilon',
+              fits=lambda v: is_number(v) and 0 < v <= 100,
+              need='an ε > 0 (and at most 100), since mechanism={mechanism} is (ε, δ)-differentially private'),
+        Field(name='dp_delta', help='δ', default=1e-5, argument='delta', short='delta',
+              fits=lambda v: is_number(v) and 0 < v < 1, need='a δ between 0 and 1, both excluded'),
+        Field(name='sample_rate', help='q of the Poisson batches', default=0.064, short='q',
+              fits=lambda v: is_number(v) and 0 < v <= 1, need='a probability > 0 and <= 1'))
+    takes = dict(steps='steps', clip='clip', directions='k')
+
+    @classmethod
+    def label(cls, spec):
+        return cls.title + (f" (ε = {spec['epsilon']:g})" if 'epsilon' in spec else '')
+
+    @classmethod
+    def check_recipe(cls, recipe):
+        require(recipe.clip is not None, 'clip', recipe.clip, 'a number > 0: without a bound on each example no noise '
+                'is enough for differential privacy')
+        if recipe.design != 'half':
+            raise ValueError(f"design={recipe.design!r} contradicts mechanism={cls.name!r}: differential privacy has no "
+                             "candidate subsets; drop one of them")
+        super().check_recipe(recipe)
 
     def __init__(self, *, epsilon:float,      # ε > 0, not to be exceeded by the whole run
                  delta:float=1e-5,            # δ, in (0, 1)
@@ -162,18 +186,30 @@ def guarantee(self:_Gaussian)->DPGuarantee:
         secret="drawn from the operating system's entropy, kept nowhere", posterior_bound=dp_posterior_bound(self.booked, self.delta) if ok else 1., epsilon=self.booked if ok else None, stamp='' if ok else STAMP,
         delta=self.delta, sample_rate=self.sample_rate, steps=self.steps, directions=self.directions, clip=self.clip, noise_multiplier=self.noise_multiplier, accountant=self.describe()['booked']['accountant'])
 
-# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #a4321790
+# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #be207389
+@register_mechanism
 class DPZero(_Gaussian):
     "One direction a step (Zhang et al. 2024): the clipped differences of a Poisson batch under Gaussian noise."
-    name = 'dpzero'
+    name, title, colour, marker = 'dpzero', 'DPZero', '#CC79A7', 'D'
+    fixes = dict(k=1)
+    tuned = {"tiny-opt": dict(lr=1e-4, clip=20.0, steps=2340, eval_every=390, lr_schedule="constant")}
+
+    @classmethod
+    def check_recipe(cls, recipe):
+        if recipe.k != 1:
+            raise ValueError(f"k={recipe.k!r} contradicts mechanism='dpzero', which has one direction a step: drop one "
+                             "of them, or take 'dp-aggzo'")
+        super().check_recipe(recipe)
+
     def __init__(self, *, directions:int=1, **kw): # **kw: epsilon, delta, sample_rate, steps, clip, accountant, …
         if directions != 1: raise ValueError(f"directions = {directions!r}: DPZero has one direction a step; DPAggZO has more")
         super().__init__(directions=1, **kw)
 
+@register_mechanism
 class DPAggZO(_Gaussian):
     "K directions a step, clipped together: K noisy numbers for the price of one vector."
-    name = 'dp-aggzo'
+    name, title, colour, marker = 'dp-aggzo', 'DP-AggZO', '#E69F00', 'P'
+    tuned = {"tiny-opt": dict(lr=2e-3, clip=4.0, steps=36, eval_every=6, k=64, lr_schedule="constant")}
+
     def __init__(self, *, directions:int=64, **kw): # **kw: epsilon, delta, sample_rate, steps, clip, accountant, …
         super().__init__(directions=directions, **kw)
-
-

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['MIBudget']
 
-# %% ../../nbs/rooms/mechanisms/mi.ipynb #14d3e593
+# %% ../../nbs/rooms/mechanisms/mi.ipynb #85f12808
 import difflib, math
 import numpy as np
-from ..check import integer
+from ..check import integer, is_number
 from ..information import binary_channel_mi, binary_entropy, sigma_for_mi
 from .base import Mechanism
+from .fields import Field
+from .registry import register_mechanism
 from .release import Ledger, pack_signs, Release
 from .secret import Secret
 
@@ -25,10 +27,22 @@ def _noisy(secret:Secret, signs:np.ndarray, sigma:float, entropy, where:str)->fl
     grid = math.ldexp(1.0, math.frexp(sigma)[1] - 21)
     return round((float(secret.pick(signs)) + sigma * entropy.gauss(where)) / grid) * grid
 
-# %% ../../nbs/rooms/mechanisms/mi.ipynb #888a1329
+# %% ../../nbs/rooms/mechanisms/mi.ipynb #63cd12a1
+@register_mechanism
 class MIBudget(Mechanism):
     "Release the secret subset's sign under Gaussian noise, for at most `budget` nats over the whole run."
-    name, needs_secret = 'mi', True
+    name, title, colour, marker = 'mi', 'PACZero-MI', '#009E73', 's'
+    needs_secret = True
+    fields = (
+        Field(name='budget', help='nats', default=0.33, short='mi', fits=lambda v: is_number(v) and v > 0,
+              need='a number of nats > 0, since mechanism={mechanism} spends one'),
+        Field(name='mi_schedule', help='"adaptive" or "uniform"', default='adaptive', argument='schedule',
+              choices=('adaptive', 'uniform')))
+    takes = dict(steps='steps', directions='k')
+
+    @classmethod
+    def label(cls, spec):
+        return cls.title + (f", {spec['budget']:g} nats" if 'budget' in spec else '')
 
     def __init__(self, *, budget:float,      # B in nats, above 0
                  steps:int,                  # T: number of steps

@@ -5,20 +5,43 @@
 # %% auto #0
 __all__ = ['SIGNALS', 'NonPrivate']
 
-# %% ../../nbs/rooms/mechanisms/nonprivate.ipynb #b1652a2c
+# %% ../../nbs/rooms/mechanisms/nonprivate.ipynb #b676f628
 import difflib, hashlib, math
 import numpy as np
-from ..check import integer
+from ..check import integer, is_number
 from ..information import binary_entropy
 from .base import Mechanism
+from .fields import Field
+from .registry import register_mechanism
 from .release import Ledger, pack_signs, Release
 
-# %% ../../nbs/rooms/mechanisms/nonprivate.ipynb #ebc221d4
-SIGNALS = ('raw_full', 'quant_full', 'raw_half', 'quant_half', 'random_sign')
+# %% ../../nbs/rooms/mechanisms/nonprivate.ipynb #b563ddea
+_TITLES = {'raw_full': 'MeZO (non-private)', 'quant_full': 'sign of the pool mean (non-private)',
+           'raw_half': "secret subset's mean (non-private)", 'quant_half': 'its sign (non-private)',
+           'random_sign': 'random signs (control)'}
+SIGNALS = tuple(_TITLES)
 
+@register_mechanism
 class NonPrivate(Mechanism):
     "The five reference signals. None of them comes with a guarantee."
-    name, private = 'nonprivate', False
+    name, colour, marker = 'nonprivate', '#D55E00', '^'
+    private = False
+    fields = (
+        Field(name='signal', help='one of the five signals', default='raw_full', choices=SIGNALS),
+        Field(name='batch_size', help='mini-batch; None: the whole pool', argument='batch', short='b', optional=True,
+              fits=lambda v: is_number(v, whole=True) and v >= 1, need='a whole number >= 1, or None for the whole pool'))
+
+    @classmethod
+    def label(cls, spec):
+        return _TITLES[spec.get('signal') or 'raw_full'] + (f", batches of {spec['batch']}" if 'batch' in spec else '')
+
+    @classmethod
+    def check_recipe(cls, recipe):
+        super().check_recipe(recipe)
+        b, n = recipe.batch_size, recipe.n_train
+        if b is not None and b > n:
+            raise ValueError(f"batch_size={b} is larger than the pool of n_train={n}: take at most that, or None for "
+                             "the whole pool")
 
     def __init__(self, *, signal:str='raw_full', # one of SIGNALS
                  batch:int=None,                # b: rows of the pool a step, drawn afresh; None: the whole pool

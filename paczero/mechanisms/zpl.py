@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['ZPL']
 
-# %% ../../nbs/rooms/mechanisms/zpl.ipynb #65912dbf
+# %% ../../nbs/rooms/mechanisms/zpl.ipynb #adc698bf
 from .base import Mechanism
+from .registry import register_mechanism
 from .release import pack_signs, Release
 
-# %% ../../nbs/rooms/mechanisms/zpl.ipynb #723aff72
+# %% ../../nbs/rooms/mechanisms/zpl.ipynb #11a95f72
+@register_mechanism
 class ZPL(Mechanism):
     "Release the sign if all candidate subsets agree, else a fair coin: I(S*; Y) = 0 exactly."
-    name = 'zpl'
+    name, title, colour, marker = 'zpl', 'PACZero-ZPL (I = 0)', '#0072B2', 'o'
 
     def release(self, subset_means, *, pool_mean:float=None)->Release: # (M,) means in, one bit out
         "One bit that tells nothing of which subset is the secret."
