@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test export lab clean
+.PHONY: setup run test fast lint census export readme lab clean
 
 setup: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -16,11 +16,26 @@ run: setup        ## the main job: a private fine-tune of the embedded model
 test: setup       ## everything that is checked
 	$(BIN)/python -m pytest
 
+fast: setup       ## what is checked in two minutes, for whoever edits
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup       ## style: ruff over modules and notebooks, and the bounds of the house
+	$(BIN)/ruff check paczero nbs tests tools
+	$(BIN)/python tools/census.py
+
+census: setup     ## the house, counted
+	$(BIN)/python tools/census.py --summary
+
 export: setup     ## notebooks -> library, cleaned, and README.md from nbs/index.ipynb
-	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python tests/readme.py --write
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py --write
+
+readme: setup     ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py --write
 
 lab: setup        ## read and run the notebooks
 	$(BIN)/jupyter lab nbs
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -1,21 +1,56 @@
-"""Every notebook's own cells run, as `nbdev_test` runs them: each in a process of its own."""
-import os, subprocess, sys
-from pathlib import Path
-
+"""Every notebook's own cells run, and the text that is committed with them is what they make now."""
 import pytest
-import readme
 
-# run_experiment is run by papermill in test_main_job; index has nothing to run; the appendix trains a model for half an hour
-APART = {"run_experiment", "index"}
-NOTEBOOKS = sorted(p for p in (readme.ROOT / "nbs").rglob("*.ipynb") if p.stem not in APART and not {"appendix", ".ipynb_checkpoints"} & set(p.parts))
-RUN = "import sys; from pathlib import Path; from nbdev.test import test_nb; ok, s = test_nb(Path(sys.argv[1]), skip_flags=['slow']); sys.exit(not ok)"
+from census import notebooks
+from common import ROOT
+from notebooks import Server
+from outputs import MACHINE, compare
+
+# Run by papermill in tests/lab/test_run_experiment.py: its outputs are a run's own. index is the README's text.
+# benchmarks and appendix measure for half an hour: what they show is dated, and belongs to the machine that they name.
+APART = ("nbs/run_experiment.ipynb", "nbs/index.ipynb", "nbs/benchmarks.ipynb", "nbs/appendix/")
+NOTEBOOKS = [p.relative_to(ROOT).as_posix() for p in notebooks()]
+RUN = [p for p in NOTEBOOKS if not p.startswith(APART)]
+# More than about five seconds on a quiet core, measured; the fast selection leaves them out.
+SLOW = {
+}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook(path, tmp_path):
-    kept = {f: f.read_bytes() for f in (readme.ROOT / "results" / "paper").glob(f"{path.stem}*-miniature.csv")} if path.parent.name == "paper" else {}
-    env = dict(os.environ, MPLBACKEND="agg", HF_HUB_OFFLINE="1", PACZERO_STATE_DIR=str(tmp_path / "state"))
-    done = subprocess.run([sys.executable, "-c", RUN, str(path)], cwd=path.parent, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+@pytest.fixture(scope="session")
+def server():
+    "The process that has imported what is heavy, one for each of pytest's workers."
+    server = Server()
+    yield server
+    server.close()
+
+
+def marked(path):
+    "A notebook as a parameter, marked where it is slow."
+    return pytest.param(path, marks=[pytest.mark.slow] if path in SLOW else [])
+
+
+@pytest.mark.parametrize("path", map(marked, sorted(RUN, key=lambda p: p not in SLOW)))
+def test_notebook(path, server):
+    name = path.split("/")[-1].removesuffix(".ipynb")
+    tables = (ROOT / "results" / "paper").glob(f"{name}*-miniature.csv") if path.startswith("nbs/paper/") else ()
+    kept = {f: f.read_bytes() for f in tables}
+    run = server.run(ROOT / path)
+    assert run.ok, run.log[-6000:]
     stale = [f.name for f, before in kept.items() if f.read_bytes() != before]
-    assert not stale, f"results/paper/ was not what {path.name} makes of results/miniature/ and is now: commit {stale} and the figures beside them"
+    assert not stale, f"results/paper/ was not what {path} makes of results/miniature/: commit {stale} and its figures"
+    wrong = compare(ROOT / path, run.outputs)
+    assert not wrong, "\n".join([*wrong, f"run: python tools/outputs.py --write {path}"])
+
+
+def test_slow_notebooks_are_there():
+    assert SLOW <= set(RUN)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS)
+def test_notebook_is_presentable(path):
+    "Small, free of errors, and free of the paths of the machine that it ran on."
+    text = (ROOT / path).read_text(encoding="utf-8")
+    assert len(text) < 1_500_000
+    found = sorted(set(MACHINE.findall(text)))
+    assert not found, f"{path} shows paths of a machine: {found[:5]}"
+    assert '"output_type": "error"' not in text, f"{path} shows an error"

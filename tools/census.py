@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE, FUNCTION, CELL, MODULE, OUTPUT = 120, 25, 25, 300, 120
+SHORT = 100         # a line with a body behind its colon
 
 # The floors, from the ground up; in a floor, a room may import those that stand before it.
 FLOORS = {
@@ -84,7 +85,7 @@ def floor(name):
 
 
 def upward():
-    "Imports that do not go down: (module, line, what)."
+    "Every import goes down, by the table of floors."
     known = {n for n, _ in modules()}
     for name, path in modules():
         if floor(name) is None:
@@ -109,18 +110,18 @@ def circles():
 
 
 def late_imports():
-    "Imports inside functions that are neither heavy nor allowed: (module, line, what)."
+    "Imports inside functions are of heavy packages only, and the mathematics loads neither torch nor transformers."
     for name, path in modules():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for f in ast.walk(tree):
-            if not isinstance(f, ast.FunctionDef):
-                continue
-            for x in ast.walk(f):
-                for what in _imported(x):
-                    if what.split(".")[0] not in HEAVY:
-                        yield name, x.lineno, f"late import of {what}"
-                    elif name.split(".")[0] in PURE and what.split(".")[0] in ("torch", "transformers"):
-                        yield name, x.lineno, f"{what} in a room of mathematics"
+        functions = [f for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        late = {id(x) for f in functions for x in ast.walk(f)}
+        for x in ast.walk(tree):
+            for what in _imported(x):
+                package = what.split(".")[0]
+                if id(x) in late and package not in HEAVY:
+                    yield name, x.lineno, f"late import of {what}"
+                if name.split(".")[0] in PURE and package in ("torch", "transformers"):
+                    yield name, x.lineno, f"{what} in a room of mathematics"
 
 
 def _imported(x):
@@ -133,7 +134,7 @@ def _imported(x):
 
 
 def private_names():
-    "Private names that one room takes from another: (module, line, what)."
+    "No room takes a private name from another."
     for name, path in modules():
         for line, room, names, _ in package_imports(name, path):
             for n in names:
@@ -151,14 +152,23 @@ def long_functions(source):
 
 
 def crowded(source):
-    "Several statements on one line: (line, what); a short body behind its colon is none."
-    seen = {}
+    "Several statements on one line, and long bodies behind their colon: (line, what)."
+    lines, seen = source.splitlines(), {}
     for x in ast.walk(ast.parse(source)):
         for block in (getattr(x, k, None) for k in ("body", "orelse", "finalbody")):
-            for s in block if isinstance(block, list) else []:
-                if s.lineno in seen and seen[s.lineno] is block:
+            if not isinstance(block, list):
+                continue
+            if isinstance(x, ast.stmt) and block and len(lines[block[0].lineno - 1]) > SHORT and _behind(block[0], lines):
+                yield block[0].lineno, f"a body behind its colon, in a line of {len(lines[block[0].lineno - 1])} characters"
+            for s in block:
+                if seen.get(s.lineno) is block:
                     yield s.lineno, "two statements on a line"
                 seen[s.end_lineno] = block
+
+
+def _behind(statement, lines):
+    "Whether a statement stands behind the colon of another one."
+    return bool(lines[statement.lineno - 1].encode()[:statement.col_offset].strip())
 
 
 def style(where, source):
@@ -175,18 +185,26 @@ def style(where, source):
 
 def notebook_style(path):
     "A notebook's wide lines, crowded lines, long functions, long exported cells, and wide text outputs."
-    where = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+    where = path.relative_to(ROOT).with_suffix("").as_posix()
     for i, source in cells(path):
-        yield from ((f"nbs/{w}", line, what) for w, line, what in style(f"{where}[{i}]", source))
-        exported = source.lstrip().startswith(("#| export", "#|export"))
-        lines = [x for x in source.splitlines() if x.strip() and not x.startswith("#|")]
-        if exported and len(lines) > CELL:
-            yield f"nbs/{where}[{i}]", 1, f"exported cell of {len(lines)} lines"
+        yield from style(f"{where}[{i}]", source)
+        if _exported(source) and _length(source) > CELL:
+            yield f"{where}[{i}]", 1, f"exported cell of {_length(source)} lines"
     for i, source in cells(path, "markdown"):
         for j, line in enumerate(source.splitlines(), 1):
             if len(line) > LINE and "|" not in line and "](" not in line and "<" not in line:
-                yield f"nbs/{where}[{i}]", j, f"{len(line)} characters of text"
+                yield f"{where}[{i}]", j, f"{len(line)} characters of text"
     yield from wide_outputs(path, where)
+
+
+def _exported(source):
+    "Whether a cell goes into a module."
+    return source.lstrip().startswith(("#| export", "#|export"))
+
+
+def _length(source):
+    "A cell's lines, without directives and blank ones."
+    return sum(bool(x.strip()) and not x.startswith("#|") for x in source.splitlines())
 
 
 def wide_outputs(path, where):
@@ -197,49 +215,77 @@ def wide_outputs(path, where):
             text = out.get("text", data.get("text/plain", "") if "text/html" not in data else "")
             for line in "".join(text).splitlines():
                 if len(line) > OUTPUT:
-                    yield f"nbs/{where}[{i}]", 1, f"output of {len(line)} characters"
+                    yield f"{where}[{i}]", 1, f"output of {len(line)} characters"
                     break
+
+
+def no_circles():
+    "No modules import each other."
+    for group in circles():
+        yield group[0], 1, "circle: " + " ↔ ".join(group)
+
+
+def module_bounds():
+    "Modules have at most MODULE lines."
+    for name, path in modules():
+        n = len(path.read_text(encoding="utf-8").splitlines())
+        if n > MODULE:
+            yield name, 1, f"module of {n} lines"
+
+
+def source_bounds():
+    "Lines and functions of modules, tests and tools fit; one statement a line."
+    files = [*modules(), *((p.relative_to(ROOT).as_posix(), p) for d in ("tests", "tools")
+                           for p in sorted((ROOT / d).rglob("*.py")))]
+    for name, path in files:
+        yield from style(name, path.read_text(encoding="utf-8"))
+
+
+def notebook_bounds():
+    "Lines, functions, exported cells and outputs of notebooks fit on a page."
+    for path in notebooks():
+        yield from notebook_style(path)
+
+
+RULES = [upward, no_circles, late_imports, private_names, module_bounds, source_bounds, notebook_bounds]
 
 
 def findings():
     "Everything over a bound: (where, line, what)."
-    yield from upward()
-    yield from late_imports()
-    yield from private_names()
-    for group in circles():
-        yield group[0], 1, "circle: " + " ↔ ".join(group)
-    for name, path in modules():
-        source = path.read_text(encoding="utf-8")
-        if (n := len(source.splitlines())) > MODULE:
-            yield name, 1, f"module of {n} lines"
-        yield from style(name, source)
-    for path in notebooks():
-        yield from notebook_style(path)
-    for path in (*sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))):
-        yield from style(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
+    for rule in RULES:
+        yield from rule()
 
 
 def summary():
     "The totals, as (what, number)."
     sources = {n: p.read_text(encoding="utf-8") for n, p in modules()}
-    lengths = [(f.end_lineno - f.lineno + 1, f"{n}.{f.name}") for n, s in sources.items() for f in ast.walk(ast.parse(s))
-               if isinstance(f, ast.FunctionDef)]
-    exported = [(len(s.splitlines()) - 1, f"{p.stem}[{i}]") for p in notebooks() for i, s in cells(p)
-                if s.startswith("#| export")]
-    wide = sum(len(line) > LINE for s in sources.values() for line in s.splitlines())
-    wide_cells = sum(len(line) > LINE for p in notebooks() for _, s in cells(p) for line in s.splitlines())
+    code = [(p, i, s) for p in notebooks() for i, s in cells(p)]
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     yield "circles of imports", len(circles())
     yield "imports that go up", len(list(upward()))
     yield "late imports of what is not heavy", len(list(late_imports()))
     yield "private names across rooms", len(list(private_names()))
-    yield "module lines over 120 characters", wide
-    yield "notebook code lines over 120 characters", wide_cells
+    yield "module lines over 120 characters", _wide(sources.values())
+    yield "notebook code lines over 120 characters", _wide(s for _, _, s in code)
     yield "modules, and their lines", (len(sources), sum(len(s.splitlines()) for s in sources.values()))
     yield "largest module", max((len(s.splitlines()), n) for n, s in sources.items())
-    yield "longest function", max(lengths)
-    yield "longest exported cell", max(exported)
+    yield "longest function", max(_functions(sources))
+    yield "longest exported cell", max((_length(s), f"{p.relative_to(ROOT).as_posix()}[{i}]") for p, i, s in code
+                                       if _exported(s))
     yield "tracked files, of them in results/", (len(tracked), sum(t.startswith("results/") for t in tracked))
+
+
+def _wide(sources):
+    "How many lines are over the bound."
+    return sum(len(line) > LINE for s in sources for line in s.splitlines())
+
+
+def _functions(sources):
+    "Every function's length and name."
+    for name, source in sources.items():
+        for f in ast.walk(ast.parse(source)):
+            if isinstance(f, ast.FunctionDef):
+                yield f.end_lineno - f.lineno + 1, f"{name}.{f.name}"
 
 
 def main(args):
