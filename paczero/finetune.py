@@ -36,7 +36,7 @@ def _objectives(model, tokenizer, task, runtime, team=None)->dict: # "pool", "de
     "The task's objectives; with a team this rank's shares, and on rank 0 what brings them all together."
     make = lambda part: make_objective(model, tokenizer, task, part, runtime.max_tokens)
     parts = {k: p for k, p in dict(pool=task.pool, dev=task.dev, test=task.test if runtime.test else None).items() if p}
-    if team is None: return {k: make(p) for k, p in parts.items()}
+    if team is None or team.size == 1: return {k: make(p) for k, p in parts.items()}
     lengths = lambda part: [len(ids) for ids in tokenizer([e.prompt for e in part]).input_ids]
     mine = {k: Share(p, lengths(p), make, team.rank, team.size) for k, p in parts.items()}
     return mine if team.rank else {k: LeadObjective(team, k, s, [p for _, p in trainable_parameters(model)]) for k, s in mine.items()}
@@ -51,10 +51,10 @@ class _Run:
         self.pool, self.dev, self.test = (objectives.get(k) for k in ("pool", "dev", "test"))
         mechanism.bind(self.design)
         description, header = describe_run(model, task, mechanism, config, self.design)
-        if team: team.same_run(description)
+        if team.size > 1: team.same_run(description)
         self.disk = RunFolder(folder, description, header)
         theta = Theta(params, int(config.seed), config.zo_eps, config.restore)
-        self.theta = LeadTheta(team, theta) if team else theta
+        self.theta = team.lead(theta)
         self.best, self.clock = BestWeights(self.theta, config.select, folder), 0.0
         self.cb = Callbacks(callbacks, model, tokenizer, config, runtime, folder, self.device)
 
@@ -84,7 +84,7 @@ class _Run:
     def _warn_of_eps(self):
         "An ε whose differences a half-precision dtype drowns is noticed before the first step, on the development set."
         lm = causal_lm(self.model)
-        if lm.dtype.itemsize >= 4 or self.team or self.theta.mode != "copy" or self.dev.metric != "accuracy": return
+        if lm.dtype.itemsize >= 4 or self.team.size > 1 or self.theta.mode != "copy" or self.dev.metric != "accuracy": return
         rows = list(range(min(64, len(self.task.dev))))
         try: error = rounding_error(self.theta, lambda: self.dev.losses(rows))
         except FloatingPointError: return                          # the run itself will say so, if it meets it
@@ -152,7 +152,7 @@ def finish(self:_Run, before:dict)->FineTuneResult:
     "Choose, evaluate, write everything down."
     disk, folder = self.disk, self.disk.path
     self.best.load()
-    if self.team: self.team.settle(self.model, self.theta.params)
+    self.team.settle(self.model, self.theta.params)
     after = self.test.evaluate() if self.test else {}
     if not self.over: disk.transcript.append({"end": dict(best_step=self.best.step, weights=weights_digest(self.model))})
     transcript = Transcript.from_entries(disk.transcript.entries, disk.transcript.chain.digest)
@@ -215,8 +215,8 @@ def finetune(
             from dataclasses import replace
             return replace(finetune(model, tokenizer, task, mechanism, config, folder=tmp, callbacks=callbacks, runtime=runtime), folder=None)
     with together(trainable_parameters(model)[0][1].device, runtime.patience, runtime.parallel) as team:
-        if team and mechanism.secret_batches: raise ValueError(f"{mechanism!r} looks at a secret batch each step, which no other process may hear of: run it in one process, or with Runtime(parallel=False)")
-        if team and team.rank: return _follow(team, model, tokenizer, task, mechanism, config, runtime)
+        if team.size > 1 and mechanism.secret_batches: raise ValueError(f"{mechanism!r} looks at a secret batch each step, which no other process may hear of: run it in one process, or with Runtime(parallel=False)")
+        if team.rank: return _follow(team, model, tokenizer, task, mechanism, config, runtime)
         return _lead(_Run(model, tokenizer, task, mechanism, config, runtime, folder, callbacks, team))
 
 def _lead(run:_Run)->FineTuneResult:
