@@ -1,6 +1,6 @@
 """Tables from real, tiny runs: what is missing, broken, foreign or half done costs its own place and no other."""
+
 import json, math, shutil, statistics, subprocess, sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,23 @@ def run_cell(root, run_id):
     from paczero.finetune import finetune
     from paczero.models import load_model
     from paczero.tasks import load_task
+
     row = paper.cells().set_index("run_id", drop=False).loc[run_id].to_dict()
     more = dict(mechanism="mi", budget=float(row["mi"])) if row["mechanism"] == "mi" else {}
-    recipe = paper.recipe_for("tiny-opt", seed=int(row["seed"]), n_train=32, n_dev=20, n_eval=50, steps=4, m=8, eval_every=2, **more)
+    recipe = paper.recipe_for(
+        "tiny-opt", seed=int(row["seed"]), n_train=32, n_dev=20, n_eval=50, steps=4, m=8, eval_every=2, **more
+    )
     folder = root / "miniature" / "runs" / run_id
-    finetune(*load_model(recipe.model), load_task(recipe.task, seed=recipe.seed, n_train=32, n_dev=20, n_eval=50), recipe.make_mechanism(), recipe.config, folder=folder)
-    (folder / "cell.json").write_text(json.dumps(dict(run_id=run_id, set="miniature", recipe=asdict(recipe), stands_for=row)))
+    finetune(
+        *load_model(recipe.model),
+        load_task(recipe.task, seed=recipe.seed, n_train=32, n_dev=20, n_eval=50),
+        recipe.make_mechanism(),
+        recipe.config,
+        folder=folder,
+    )
+    (folder / "cell.json").write_text(
+        json.dumps(dict(run_id=run_id, set="miniature", recipe=recipe.flat(), stands_for=row))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +42,8 @@ def kept(tmp_path_factory):
     root = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as m:
         m.setenv("PACZERO_STATE_DIR", str(tmp_path_factory.mktemp("state")))
-        for run_id in [*ZPL, MI]: run_cell(root, run_id)
+        for run_id in [*ZPL, MI]:
+            run_cell(root, run_id)
     return root
 
 
@@ -42,7 +54,8 @@ def results(kept, tmp_path):
     return tmp_path / "r"
 
 
-def folder(results, run_id): return results / "miniature" / "runs" / run_id
+def folder(results, run_id):
+    return results / "miniature" / "runs" / run_id
 
 
 def change(results, cell, file="metrics.json", /, **changes):
@@ -50,21 +63,26 @@ def change(results, cell, file="metrics.json", /, **changes):
     f.write_text(json.dumps(json.loads(f.read_text()) | changes))
 
 
-def row(results, run_id, which="miniature"): return show.results(run_id, results, which).iloc[0]
+def row(results, run_id, which="miniature"):
+    return show.results(run_id, results, which).iloc[0]
 
 
 def test_registry_is_the_papers():
     a, b = show.select(), paper.cells()
     assert a.run_id.tolist() == b.run_id.tolist() and len(a) == 143
     for f in show.NUMBERS:
-        assert [None if math.isnan(x) else x for x in a[f]] == [None if x in ("", "none") else float(x) for x in b[f]], f
-    with pytest.raises(ValueError, match="did you mean 'app-rank'"): show.select("app-rnk")
+        assert [None if math.isnan(x) else x for x in a[f]] == [
+            None if x in ("", "none") else float(x) for x in b[f]
+        ], f
+    with pytest.raises(ValueError, match="did you mean 'app-rank'"):
+        show.select("app-rnk")
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_empty_folder(tmp_path, there):
     "No results at all: every cell is missing, reported values stand alone, and the way to run them is named."
-    if there: (tmp_path / "runs").mkdir()
+    if there:
+        (tmp_path / "runs").mkdir()
     rows = show.results(None, tmp_path)
     assert len(rows) == 286 and set(rows.status) == {"missing"}
     groups = show.grouped(rows)
@@ -72,7 +90,8 @@ def test_empty_folder(tmp_path, there):
     view = show.readable(show.grouped(show.results("table1", tmp_path), ("model", "task", "track", "mechanism", "mi")))
     assert view["reported"].tolist().count("88.99 ± 0.91 %") == 1 and (view["reported"] != "–").sum() == 1
     text = show.missing(rows)
-    for table in show.select().table.unique(): assert f"sweep --table {table}\n" in text and f"sweep --table {table} --miniature" in text
+    for table in show.select().table.unique():
+        assert f"sweep --table {table}\n" in text and f"sweep --table {table} --miniature" in text
 
 
 def test_real_runs_have_nothing_to_remark(kept):
@@ -80,47 +99,99 @@ def test_real_runs_have_nothing_to_remark(kept):
         r = row(kept, run_id)
         m = json.loads((folder(kept, run_id) / "metrics.json").read_text())
         p = m["test_after"]["accuracy"]
-        assert (r.status, r.note) == ("finished", "") and r.score == 100 * p and r.standard_error == pytest.approx(100 * math.sqrt(p * (1 - p) / 50))
-        assert r.unanimity == pytest.approx(100 * m["unanimity"]) and r.mi_spent == m["mi_spent"] and (r.ran_steps, r.ran_lr, r.lr) == (4, 2e-3, 1e-4)
+        assert (
+            (r.status, r.note) == ("finished", "")
+            and r.score == 100 * p
+            and r.standard_error == pytest.approx(100 * math.sqrt(p * (1 - p) / 50))
+        )
+        assert (
+            r.unanimity == pytest.approx(100 * m["unanimity"])
+            and r.mi_spent == m["mi_spent"]
+            and (r.ran_steps, r.ran_lr, r.lr) == (4, 2e-3, 1e-4)
+        )
 
 
 def test_mean_and_spread(results):
-    for run_id, p in zip(ZPL, (.5, .6, .8)): change(results, run_id, test_after=dict(accuracy=p, loss=1.))
+    for run_id, p in zip(ZPL, (0.5, 0.6, 0.8)):
+        change(results, run_id, test_after=dict(accuracy=p, loss=1.0))
     groups = show.grouped(show.results(ZPL, results))
     g = groups[groups.n > 0].iloc[0]
-    assert len(groups[groups.n > 0]) == 1 and g["n"] == 3 and g["mean"] == pytest.approx(statistics.mean([50, 60, 80])) and g["std"] == pytest.approx(statistics.stdev([50, 60, 80]))
+    assert (
+        len(groups[groups.n > 0]) == 1
+        and g["n"] == 3
+        and g["mean"] == pytest.approx(statistics.mean([50, 60, 80]))
+        and g["std"] == pytest.approx(statistics.stdev([50, 60, 80]))
+    )
     assert show.readable(groups).iloc[0]["tiny-opt miniature"] == "63.3 ± 15.3 % (n = 3)"
     assert show.agrees(groups, results)
-    change(results, ZPL[1], test_after=dict(accuracy=.62, loss=1.))
+    change(results, ZPL[1], test_after=dict(accuracy=0.62, loss=1.0))
     assert not show.agrees(groups, results)
 
 
-BROKEN = {"half": "{\"model\": \"tiny-opt\", ", "list": "[]", "empty": "", "deep": "[" * 100000, "binary": "\x00\x01", "nan": None, "text": None, "none": None}
+BROKEN = {
+    "half": "{\"model\": \"tiny-opt\", ",
+    "list": "[]",
+    "empty": "",
+    "deep": "[" * 100000,
+    "binary": "\x00\x01",
+    "nan": None,
+    "text": None,
+    "none": None,
+}
+
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_corrupt_metrics_cost_one_place(results, how):
-    if BROKEN[how] is None: change(results, ZPL[1], test_after=dict(accuracy=dict(nan=math.nan, text="0.9", none=None)[how]))
-    else: (folder(results, ZPL[1]) / "metrics.json").write_text(BROKEN[how])
+    if BROKEN[how] is None:
+        change(results, ZPL[1], test_after=dict(accuracy=dict(nan=math.nan, text="0.9", none=None)[how]))
+    else:
+        (folder(results, ZPL[1]) / "metrics.json").write_text(BROKEN[how])
     rows = show.results(ZPL, results, "miniature")
-    assert rows.status.tolist() == ["finished", "unreadable", "finished"] and "metrics.json" in rows.note[1] and str(results) not in rows.note[1]
+    assert (
+        rows.status.tolist() == ["finished", "unreadable", "finished"]
+        and "metrics.json" in rows.note[1]
+        and str(results) not in rows.note[1]
+    )
     assert show.grouped(rows).iloc[0].n == 2 and f"{ZPL[1]}: unreadable" in show.missing(rows)
 
 
-@pytest.mark.parametrize("changes, says", [(dict(versions=dict(paczero="7.1.0")), "written by paczero 7.1.0"), (dict(versions={}), "written by paczero None"), (dict(colour="red"), "colour"), (dict(steps=3), "stopped after 3 of 4"), (dict(stamp="secret fixed for audit: no guarantee"), "no guarantee")])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(versions=dict(paczero="7.1.0")), "written by paczero 7.1.0"),
+        (dict(versions={}), "written by paczero None"),
+        (dict(colour="red"), "colour"),
+        (dict(steps=3), "stopped after 3 of 4"),
+        (dict(stamp="secret fixed for audit: no guarantee"), "no guarantee"),
+    ],
+)
 def test_strange_metrics_are_drawn_with_a_note(results, changes, says):
     change(results, ZPL[0], **changes)
     r = row(results, ZPL[0])
-    assert r.status == "finished" and says in r.note and says in show.missing(show.results(ZPL, results)) and says in show.readable(show.grouped(show.results(ZPL, results))).note.iloc[0]
+    assert (
+        r.status == "finished"
+        and says in r.note
+        and says in show.missing(show.results(ZPL, results))
+        and says in show.readable(show.grouped(show.results(ZPL, results))).note.iloc[0]
+    )
 
 
 def test_unfinished_and_failed(results):
-    for run_id in ZPL: (folder(results, run_id) / "metrics.json").unlink()
+    for run_id in ZPL:
+        (folder(results, run_id) / "metrics.json").unlink()
     f = folder(results, ZPL[0]) / "transcript.jsonl"
     f.write_text("".join(l for l in f.open() if '"end"' not in l and '"t":3' not in l))
-    (folder(results, ZPL[1]) / "failed.json").write_text(json.dumps(dict(exception="MemoryError", message="needs 40 GiB\nand more", last_lines=[])))
+    (folder(results, ZPL[1]) / "failed.json").write_text(
+        json.dumps(dict(exception="MemoryError", message="needs 40 GiB\nand more", last_lines=[]))
+    )
     (folder(results, ZPL[2]) / "failed.json").write_text("{")
     rows = show.results(ZPL, results, "miniature")
-    assert rows.status.tolist() == ["unfinished", "failed", "failed"] and rows.steps_done[0] == 3 and rows.note[1] == "MemoryError: needs 40 GiB" and "failed.json" in rows.note[2]
+    assert (
+        rows.status.tolist() == ["unfinished", "failed", "failed"]
+        and rows.steps_done[0] == 3
+        and rows.note[1] == "MemoryError: needs 40 GiB"
+        and "failed.json" in rows.note[2]
+    )
     text = show.missing(rows)
     assert "after 3 steps" in text and "needs 40 GiB" in text and f"sweep --cell {' '.join(ZPL)} --miniature" in text
 
@@ -135,27 +206,42 @@ def test_a_miniature_is_never_the_papers(results, where):
     "A tiny-opt run under a paper cell's name, or with a cell.json that calls it the paper's, is refused."
     to = results / "runs" / ZPL[0]
     shutil.copytree(folder(results, ZPL[0]), to)
-    if where == "name": (to / "cell.json").unlink()
-    else: (to / "cell.json").write_text(json.dumps(json.loads((to / "cell.json").read_text()) | dict(set="paper")))
+    if where == "name":
+        (to / "cell.json").unlink()
+    else:
+        (to / "cell.json").write_text(json.dumps(json.loads((to / "cell.json").read_text()) | dict(set="paper")))
     rows = show.results(ZPL, results)
     p = rows[(rows.set == "paper") & (rows.run_id == ZPL[0])].iloc[0]
     assert p.status == "unreadable" and "tiny-opt" in p.note and math.isnan(p.score)
     groups = show.grouped(rows)
     assert groups.set_index("set").n.to_dict() == {"paper": 0, "miniature": 3}
-    assert [w for w, _ in show.by_set(groups)] == ["miniature"] and groups[groups.set == "miniature"].reported.isna().all()
+    assert [w for w, _ in show.by_set(groups)] == ["miniature"] and groups[
+        groups.set == "miniature"
+    ].reported.isna().all()
 
 
 def test_another_seed_or_recipe_is_refused(results):
-    change(results, ZPL[0], seed=5); change(results, ZPL[1], mechanism=dict(name="nonprivate", signal="raw_full"))
+    change(results, ZPL[0], seed=5)
+    change(results, ZPL[1], mechanism=dict(name="nonprivate", signal="raw_full"))
     rows = show.results(ZPL, results, "miniature")
-    assert rows.status.tolist() == ["unreadable", "unreadable", "finished"] and "seed is 5, not 0" in rows.note[0] and "nonprivate" in rows.note[1]
+    assert (
+        rows.status.tolist() == ["unreadable", "unreadable", "finished"]
+        and "seed is 5, not 0" in rows.note[0]
+        and "nonprivate" in rows.note[1]
+    )
 
 
-@pytest.mark.parametrize("changes", [dict(set="large"), dict(stands_for=None, run_id="mine"), dict(recipe="none"), dict(stands_for=[])])
+@pytest.mark.parametrize(
+    "changes", [dict(set="large"), dict(stands_for=None, run_id="mine"), dict(recipe="none"), dict(stands_for=[])]
+)
 def test_broken_claims(results, changes):
     change(results, ZPL[0], "cell.json", **changes)
     rows = show.results(ZPL, results, "miniature")
-    assert rows.status.tolist()[1:] == ["finished"] * 2 and (rows.status[0] == "unreadable" or changes == dict(stands_for=[])) and (rows.status[0] == "finished" or "cell.json" in rows.note[0])
+    assert (
+        rows.status.tolist()[1:] == ["finished"] * 2
+        and (rows.status[0] == "unreadable" or changes == dict(stands_for=[]))
+        and (rows.status[0] == "finished" or "cell.json" in rows.note[0])
+    )
 
 
 def paper_run(results, run_id, accuracy, **changes):
@@ -163,41 +249,80 @@ def paper_run(results, run_id, accuracy, **changes):
     to = results / "runs" / run_id
     shutil.copytree(folder(results, ZPL[0]), to)
     (to / "cell.json").unlink()
-    r, m, c = show.select(run_id).iloc[0], json.loads((to / "metrics.json").read_text()), json.loads((to / "config.json").read_text())
-    (to / "metrics.json").write_text(json.dumps(m | dict(model=r.model, task=r.task, seed=int(r.seed), steps=int(r.steps), steps_planned=int(r.steps), n_test=872, test_after=dict(accuracy=accuracy)) | changes))
-    c["recipe"] |= dict(lr=r.lr, clip=None if math.isnan(r["clip"]) else r["clip"], steps=int(r.steps), m=int(r.m), seed=int(r.seed))
-    c["model"] |= dict(name=r.model); c["design"] |= dict(n=1000)
+    r, m, c = (
+        show.select(run_id).iloc[0],
+        json.loads((to / "metrics.json").read_text()),
+        json.loads((to / "config.json").read_text()),
+    )
+    (to / "metrics.json").write_text(
+        json.dumps(
+            m
+            | dict(
+                model=r.model,
+                task=r.task,
+                seed=int(r.seed),
+                steps=int(r.steps),
+                steps_planned=int(r.steps),
+                n_test=872,
+                test_after=dict(accuracy=accuracy),
+            )
+            | changes
+        )
+    )
+    c["recipe"] |= dict(
+        lr=r.lr, clip=None if math.isnan(r["clip"]) else r["clip"], steps=int(r.steps), m=int(r.m), seed=int(r.seed)
+    )
+    c["model"] |= dict(name=r.model)
+    c["design"] |= dict(n=1000)
     (to / "config.json").write_text(json.dumps(c))
     return to
 
 
 def test_does_my_run_match(results):
-    to = paper_run(results, ZPL[0], .885)
+    to = paper_run(results, ZPL[0], 0.885)
     r = row(results, ZPL[0], "paper")
     assert r.status == "finished", r.note
     m = show.matches(r)
-    assert m.verdict == "inside" and m.low < 88.99 < m.high and "reported: paper abstract" in m.text and "registry" in m.text
-    assert show.matches(to) == m                                              # a folder says the same as its row
-    moved = shutil.copytree(to, results / "runs" / "my-own"); c = json.loads((moved / "config.json").read_text())
-    assert show.matches(moved) == m                                           # whatever it is called
-    c["recipe"]["lr"] = 3e-4; (moved / "config.json").write_text(json.dumps(c))
-    assert show.matches(moved).verdict == "no reported value"                 # but not with another recipe
-    (to / "metrics.json").write_text(json.dumps(json.loads((to / "metrics.json").read_text()) | dict(test_after=dict(accuracy=.7))))
+    assert (
+        m.verdict == "inside"
+        and m.low < 88.99 < m.high
+        and "reported: paper abstract" in m.text
+        and "registry" in m.text
+    )
+    assert show.matches(to) == m  # a folder says the same as its row
+    moved = shutil.copytree(to, results / "runs" / "my-own")
+    c = json.loads((moved / "config.json").read_text())
+    assert show.matches(moved) == m  # whatever it is called
+    c["recipe"]["lr"] = 3e-4
+    (moved / "config.json").write_text(json.dumps(c))
+    assert show.matches(moved).verdict == "no reported value"  # but not with another recipe
+    (to / "metrics.json").write_text(
+        json.dumps(json.loads((to / "metrics.json").read_text()) | dict(test_after=dict(accuracy=0.7)))
+    )
     assert show.matches(row(results, ZPL[0], "paper")).verdict == "outside"
-    c["recipe"]["lr"] = 1e-4; (moved / "config.json").write_text(json.dumps(c))
+    c["recipe"]["lr"] = 1e-4
+    (moved / "config.json").write_text(json.dumps(c))
     rows = show.results(ZPL, results)
     view = show.readable(show.grouped(rows)).iloc[0]
-    assert (view["reported"], view["measured"]) == ("88.99 ± 0.91 %", "70.0 % (n = 1 of 3)") and "(n = 3)" in view["tiny-opt miniature"]
+    assert (view["reported"], view["measured"]) == ("88.99 ± 0.91 %", "70.0 % (n = 1 of 3)") and "(n = 3)" in view[
+        "tiny-opt miniature"
+    ]
 
 
 def test_what_cannot_be_compared(results):
     rows = show.results([*ZPL, MI], results, "miniature").set_index("run_id", drop=False)
-    with pytest.raises(ValueError, match="tiny-opt is not OPT-1.3B"): show.matches(rows.loc[ZPL[0]])
-    with pytest.raises(ValueError, match="tiny-opt is not OPT-1.3B"): show.matches(folder(results, ZPL[0]))
-    with pytest.raises(ValueError, match="different kinds"): show.matches(rows.loc[ZPL[0]], others=rows.loc[[ZPL[1], MI]])
-    with pytest.raises(ValueError, match=ZPL[0]): show.matches(rows.loc[ZPL[0]], others=rows.loc[ZPL])
-    with pytest.raises(ValueError, match="a finished run is needed"): show.matches(results / "nowhere")
-    with pytest.raises(ValueError, match="missing"): show.matches(show.results(ZPL[0], results, "paper").iloc[0])
+    with pytest.raises(ValueError, match="tiny-opt is not OPT-1.3B"):
+        show.matches(rows.loc[ZPL[0]])
+    with pytest.raises(ValueError, match="tiny-opt is not OPT-1.3B"):
+        show.matches(folder(results, ZPL[0]))
+    with pytest.raises(ValueError, match="different kinds"):
+        show.matches(rows.loc[ZPL[0]], others=rows.loc[[ZPL[1], MI]])
+    with pytest.raises(ValueError, match=ZPL[0]):
+        show.matches(rows.loc[ZPL[0]], others=rows.loc[ZPL])
+    with pytest.raises(ValueError, match="a finished run is needed"):
+        show.matches(results / "nowhere")
+    with pytest.raises(ValueError, match="missing"):
+        show.matches(show.results(ZPL[0], results, "paper").iloc[0])
     m = show.matches(rows.loc[ZPL[0]], others=rows.loc[ZPL[1:]])
     assert m.verdict in ("inside", "outside") and m.low <= rows.loc[ZPL[1:]].score.mean() <= m.high
 
@@ -205,25 +330,63 @@ def test_what_cannot_be_compared(results):
 @pytest.mark.parametrize("n, k", [(3, 1), (5, 1), (4, 3)])
 def test_seeds_of_one_distribution_lie_inside(n, k):
     "95 % of runs whose scores come from the same distribution are 'inside', through the whole of `matches`; few of those far away are."
-    rng, make = np.random.default_rng(n * 10 + k), lambda scores, name: [dict(status="finished", set="miniature", ran_model="tiny-opt", ran_task="reviews", track="ft", mechanism="zpl", mi=0., ablation="", n_test=10**6, score=float(s), standard_error=0., run=f"{name}{i}") for i, s in enumerate(scores)]
-    verdict = lambda shift: show.matches(make(rng.normal(80 + shift, .7, k), "new"), others=make(rng.normal(80, .7, n), "old")).verdict
+    rng, make = (
+        np.random.default_rng(n * 10 + k),
+        lambda scores, name: [
+            dict(
+                status="finished",
+                set="miniature",
+                ran_model="tiny-opt",
+                ran_task="reviews",
+                track="ft",
+                mechanism="zpl",
+                mi=0.0,
+                ablation="",
+                n_test=10**6,
+                score=float(s),
+                standard_error=0.0,
+                run=f"{name}{i}",
+            )
+            for i, s in enumerate(scores)
+        ],
+    )
+    verdict = lambda shift: (
+        show.matches(make(rng.normal(80 + shift, 0.7, k), "new"), others=make(rng.normal(80, 0.7, n), "old")).verdict
+    )
     inside = lambda shift, trials: sum(verdict(shift) == "inside" for _ in range(trials)) / trials
-    assert abs(inside(0, 800) - .95) < 4 * math.sqrt(.95 * .05 / 800)
-    assert inside(8, 200) < .5
+    assert abs(inside(0, 800) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 800)
+    assert inside(8, 200) < 0.5
 
 
 def test_a_figure_and_its_numbers(results):
     groups = show.grouped(show.results([*ZPL, MI], results))
-    (which, g), = show.by_set(groups)
-    fig, ax = show.axes(which, "A title"); show.draw(ax, g[g.mechanism == "zpl"], "ran_steps"); show.draw(ax, g[g.mechanism == "mi"], "ran_mi"); show.legend(fig, ax)
+    ((which, g),) = show.by_set(groups)
+    fig, ax = show.axes(which, "A title")
+    show.draw(ax, g[g.mechanism == "zpl"], "ran_steps")
+    show.draw(ax, g[g.mechanism == "mi"], "ran_mi")
+    show.legend(fig, ax)
     drawn = sorted(float(line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o")
     assert drawn == sorted(g["mean"][g.n > 0]) and len(drawn) == 2 and "tiny-opt miniature" in ax.get_title(loc="left")
     csv, png, svg = show.save(fig, g, "look", results, which)
-    assert {p.name for p in (results / "paper").iterdir()} == {"look-miniature.csv", "look-miniature.png", "look-miniature.svg"} and png.stat().st_size > 3000 and svg.stat().st_size > 3000
-    assert pd.read_csv(csv)["mean"].tolist() == pytest.approx(g["mean"].tolist(), nan_ok=True) and str(results) not in csv.read_text() + svg.read_text()
-    with pytest.raises(ValueError, match="miniature"): show.save(fig, g, "look", results, "small")
+    assert (
+        {p.name for p in (results / "paper").iterdir()}
+        == {"look-miniature.csv", "look-miniature.png", "look-miniature.svg"}
+        and png.stat().st_size > 3000
+        and svg.stat().st_size > 3000
+    )
+    assert (
+        pd.read_csv(csv)["mean"].tolist() == pytest.approx(g["mean"].tolist(), nan_ok=True)
+        and str(results) not in csv.read_text() + svg.read_text()
+    )
+    with pytest.raises(ValueError, match="miniature"):
+        show.save(fig, g, "look", results, "small")
 
 
 def test_no_torch():
     code = "import sys; from paczero import tables; show.readable(show.grouped(show.results('table1'))); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )

@@ -9,7 +9,7 @@ __all__ = ['OPTIONS', 'main']
 import os
 from ..finetune import finetune
 from ..lab.devices import choose_device, memory_needed, with_dtype
-from ..lab.experiment import choose_recipe, PARAMETERS
+from ..lab.choose import choose_recipe, parameters
 from ..lab.places import choose_folder, shown
 from ..models.load import load_model
 from ..models.memory import check_memory
@@ -26,10 +26,10 @@ def _parse(argv)->dict:
     "`-p name value` pairs; values as YAML reads them, as papermill does."
     import argparse, yaml
     ap = argparse.ArgumentParser(prog="torchrun --nproc-per-node N -m paczero.cli.torchrun", description="One experiment in several processes, with the parameters of run_experiment.")
-    ap.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any of: " + ", ".join(OPTIONS + PARAMETERS))
+    ap.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any of: " + ", ".join(OPTIONS + parameters()))
     given = {}
     for name, value in ap.parse_args(argv).parameter:
-        if name not in OPTIONS + PARAMETERS: ap.error(f"unknown parameter {name!r}; known: {', '.join(OPTIONS + PARAMETERS)}")
+        if name not in OPTIONS + parameters(): ap.error(f"unknown parameter {name!r}; known: {', '.join(OPTIONS + parameters())}")
         given[name] = None if value == "None" else yaml.safe_load(value)
         if isinstance(given[name], str):
             try: given[name] = float(value)          # YAML wants a dot in 1e-3

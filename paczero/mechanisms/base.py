@@ -42,7 +42,12 @@ class Mechanism(ABC):
     def release(self, subset_means, *, pool_mean:float=None)->Release:
         "One release from M subset means: each mechanism has its own."
 
-# %% ../../nbs/rooms/mechanisms/base.ipynb #d15050a3
+# %% ../../nbs/rooms/mechanisms/base.ipynb #7f3d055e
+@patch(cls_method=True)
+def defaults(cls:Mechanism)->dict: # {field's name: value}
+    "What a recipe of this mechanism has where nothing is said."
+    return {f.name: f.default for f in cls.fields}
+
 @patch(cls_method=True)
 def label(cls:Mechanism, spec:dict)->str: # spec: as `describe()` gives it; its numbers may be missing
     "What a legend calls a run of this mechanism."

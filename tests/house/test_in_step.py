@@ -56,13 +56,13 @@ def test_readme_is_in_step():
 
 def test_parameters_tag():
     "papermill finds one cell of parameters, and it has all that `run_experiment` takes."
-    from paczero.lab.experiment import PARAMETERS
+    from paczero.lab.choose import parameters
 
     nb = json.loads((ROOT / "nbs" / "run_experiment.ipynb").read_text(encoding="utf-8"))
     tagged = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
     names = re.findall(r"^(\w+) =", "".join(tagged[0]["source"]), re.M)
-    assert set(PARAMETERS) < set(names)
+    assert set(parameters()) < set(names)
     assert {"cell", "device", "data_path", "reference", "run_id"} < set(names)
 
 
