@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from ..check import require
-from ..run.record import Run
+from ..run.runs import find_run
 from .runs import SAME, cell_registry, measured, recipe_of
 from .tables import reported_for, reported_rows
 
@@ -71,7 +71,7 @@ def own_run(
     if run["status"] != "finished":
         why = f": {run['note']}" if run.get("note") else ""
         raise ValueError(f"{folder}: {run['status']}{why}; a finished run is needed")
-    kept, spec = Run(folder), run["spec"]
+    kept, spec = find_run(folder), run["spec"]
     recipe = recipe_of(kept.config) if kept.has("config.json") else {}
     own = dict(model=run["ran_model"], task=run["ran_task"], mechanism=spec["name"],
                track={"full": "ft"}.get(recipe.get("track"), recipe.get("track")),

@@ -6,7 +6,7 @@
 __all__ = ['collect', 'summarise', 'markdown_table']
 
 # %% ../../nbs/rooms/show/seeds.ipynb #00000002
-from ..run.record import folder_runs
+from ..run.runs import open_runs
 from .style import method_label
 
 # %% ../../nbs/rooms/show/seeds.ipynb #00000005
@@ -28,7 +28,7 @@ def collect(
     "A row for every finished run below `folder` (a DataFrame), and what could not be read, with the reason."
     import pandas as pd
     rows, unreadable = [], {}
-    for run in folder_runs(folder):
+    for run in open_runs(folder).values():
         if run.state != "finished": continue
         name = run.path.as_posix()
         try: rows.append(_row(run.metrics, name))

@@ -9,7 +9,7 @@ __all__ = ['GROUP', 'NAMES', 'method', 'reported_rows', 'reported_for', 'grouped
 import math
 import statistics
 from functools import lru_cache
-from ..run.record import Run
+from ..run.runs import find_run
 from .runs import RAN, SETS, cell_registry, find_results
 from .style import method_label
 from ..tasks import ASSETS
@@ -99,7 +99,7 @@ def agrees(
     "Whether every mean and spread is what the runs' own metrics give, read again, one by one."
     home = find_results(folder)
     for g in groups[groups.n > 0].to_dict("records"):
-        ms = [Run(home/run).metrics for run in g["runs"].split()]
+        ms = [find_run(home/run).metrics for run in g["runs"].split()]
         scores = [100 * m["test_after"][m["metric"]] for m in ms]
         spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
         no_spread = spread != spread and g["std"] != g["std"]
