@@ -6,10 +6,10 @@
 __all__ = ['check_plan', 'epsilon_spent', 'noise_multiplier', 'dp_posterior_bound', 'matched_budget']
 
 # %% ../../nbs/rooms/mechanisms/accountant.ipynb #8bc12d56
-import difflib, math
+import math
 from functools import lru_cache
 import numpy as np
-from ..check import integer, number
+from ..check import among, integer, number
 from ..information import mi_for_posterior
 
 # %% ../../nbs/rooms/mechanisms/accountant.ipynb #113ecd24
@@ -64,8 +64,7 @@ def check_plan(delta, sample_rate, steps, accountant, sampling)->tuple:
     "What the accountants need, in range."
     delta, q = number('delta', delta, 0, 1, open_=True), number('sample_rate', sample_rate, 0, 1)
     if q < 2**-60: raise ValueError(f"sample_rate = {sample_rate!r} must be above 0: with no example ever drawn there is nothing to learn")
-    if accountant not in _ACCOUNTANTS: raise ValueError(f"accountant = {accountant!r} is unknown: choose one of {tuple(_ACCOUNTANTS)} "
-                                                        f"(did you mean {difflib.get_close_matches(str(accountant), _ACCOUNTANTS, 1, 0)[0]!r}?)")
+    among('accountant', accountant, _ACCOUNTANTS)
     if sampling != 'poisson': raise ValueError(f"sampling = {sampling!r}: the accountant knows Poisson sampling only, every example independently with probability sample_rate; "
                                                "batches of fixed size or from shuffled epochs have other guarantees")
     return delta, q, integer('steps', steps, 1)

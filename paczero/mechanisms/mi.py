@@ -6,9 +6,9 @@
 __all__ = ['MIBudget']
 
 # %% ../../nbs/rooms/mechanisms/mi.ipynb #85f12808
-import difflib, math
+import math
 import numpy as np
-from ..check import integer, is_number
+from ..check import among, integer, is_number
 from ..information import binary_channel_mi, binary_entropy, sigma_for_mi
 from .base import Mechanism
 from .fields import Field
@@ -52,10 +52,7 @@ class MIBudget(Mechanism):
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 1e-12 <= budget <= 1.7e308:
             raise ValueError(f"budget = {budget!r} must be a finite number of nats, at least 1e-12; for no leakage "
                              f"at all use ZPL()")
-        if schedule not in ('adaptive', 'uniform'):
-            raise ValueError(f"schedule = {schedule!r} is unknown: choose 'adaptive' or 'uniform' "
-                             f"(did you mean "
-                             f"{difflib.get_close_matches(str(schedule), ('adaptive', 'uniform'), 1, 0)[0]!r}?)")
+        among('schedule', schedule, ('adaptive', 'uniform'))
         self.budget, self.schedule = float(budget), schedule
         self.steps, self.directions = integer('steps', steps, 1), integer('directions', directions, 1)
         super().__init__(audit_seed=audit_seed)

@@ -6,9 +6,9 @@
 __all__ = ['SIGNALS', 'NonPrivate']
 
 # %% ../../nbs/rooms/mechanisms/nonprivate.ipynb #b676f628
-import difflib, hashlib, math
+import hashlib, math
 import numpy as np
-from ..check import integer, is_number
+from ..check import among, integer, is_number
 from ..information import binary_entropy
 from .base import Mechanism
 from .fields import Field
@@ -46,9 +46,7 @@ class NonPrivate(Mechanism):
     def __init__(self, *, signal:str='raw_full', # one of SIGNALS
                  batch:int=None,                # b: rows of the pool a step, drawn afresh; None: the whole pool
                  audit_seed:int=None):
-        if signal not in SIGNALS:
-            raise ValueError(f"signal = {signal!r} is unknown: choose one of {SIGNALS} "
-                             f"(did you mean {difflib.get_close_matches(str(signal), SIGNALS, 1, 0)[0]!r}?)")
+        among('signal', signal, SIGNALS)
         self.signal, self.needs_secret = signal, signal.endswith('_half')
         self.batch_size = None if batch is None else integer('batch', batch, 1)
         if self.batch_size and self.needs_secret:

@@ -7,12 +7,12 @@ __all__ = ['MECHANISMS', 'MECHANISM_NAMES', 'register_mechanism', 'Look', 'look'
            'declared', 'mechanism_named']
 
 # %% ../../nbs/rooms/mechanisms/registry.ipynb #ebff2b61
-import difflib
 import importlib.util
 import sys
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from ..check import nearest
 from .base import Mechanism
 
 # %% ../../nbs/rooms/mechanisms/registry.ipynb #b5be5015
@@ -70,8 +70,7 @@ def registered(
     "The class of that name, or a refusal with the nearest name."
     if isinstance(name, str) and name in MECHANISMS:
         return MECHANISMS[name]
-    near = difflib.get_close_matches(str(name)[:60], MECHANISMS, 1, 0)
-    raise ValueError(f"mechanism name = {name!r} is unknown: choose one of {tuple(MECHANISMS)} (did you mean {near[0]!r}?)")
+    raise ValueError(f"unknown mechanism {name!r:.200}{nearest(name, MECHANISMS)} One of: {', '.join(MECHANISMS)}")
 
 def make_mechanism(
     spec:dict, # what `describe()` gave, e.g. dict(name="mi", budget=.33, steps=200)
