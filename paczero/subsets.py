@@ -6,10 +6,10 @@
 __all__ = ['SubsetDesign', 'unanimity_forecast']
 
 # %% ../nbs/rooms/subsets.ipynb #675eab58
-import difflib, functools, hashlib, math
+import functools, hashlib, math
 from dataclasses import dataclass
 import numpy as np
-from .check import finite, integer
+from .check import finite, integer, nearest
 
 # %% ../nbs/rooms/subsets.ipynb #336ee819
 _STREAM = 'paczero-subsets-v1'   # change the name if the recipe below ever changes
@@ -45,8 +45,7 @@ KINDS = ('half', 'complementary', 'fixed')
 def count_per_example(kind:str, m:int, r)->int: # in how many subsets each example lies
     "Check `kind`, `m` and `r` together."
     if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, 1, 0)[0]
-        raise ValueError(f"kind = {kind!r} is no subset design: choose one of {KINDS} (did you mean {near!r}?)")
+        raise ValueError(f"kind = {kind!r} is no subset design: choose one of {KINDS}{nearest(kind, KINDS)}")
     if kind == 'fixed':
         if r is None:
             raise ValueError("r is missing: kind='fixed' needs r, the number of subsets that each example is in")

@@ -4,7 +4,7 @@
 __all__ = ['load_model']
 
 # %% ../../nbs/rooms/models/load.ipynb #afd21022
-from ..check import choose
+from ..check import among
 from .folder import model_config, model_folder, quiet, weight_files
 from .lora import add_lora, check_lora
 from .memory import check_memory, estimate_memory, MemoryEstimate
@@ -48,7 +48,7 @@ def load_model(
 )->tuple: # model (in eval mode), tokenizer
     "Load a causal language model and its tokenizer; every error comes before the weights are read"
     import torch
-    track, dtype, device = choose("track", track, TRACKS), dtype_name(dtype), resolve_device(device)
+    track, dtype, device = TRACKS[among("track", track, TRACKS)], dtype_name(dtype), resolve_device(device)
     lora_dtype = dtype if lora_dtype is None else dtype_name(lora_dtype)
     check_lora(track, lora_rank, lora_alpha, lora_targets, seed)
     spec = resolve_model(name)

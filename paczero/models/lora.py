@@ -5,7 +5,7 @@ __all__ = ['trainable_parameters']
 
 # %% ../../nbs/rooms/models/lora.ipynb #546d2381
 import hashlib, math, warnings
-from ..check import whole_number
+from ..check import integer
 from .memory import lora_modules
 
 # %% ../../nbs/rooms/models/lora.ipynb #0bc2c0e1
@@ -35,7 +35,7 @@ def _uniform(p, generator): # (rank, in), in ±1/√in, on the CPU in float32
 
 # %% ../../nbs/rooms/models/lora.ipynb #39a5650e
 def check_lora(track, rank, alpha, targets, seed):
-    whole_number("lora_rank", rank, 1); whole_number("seed", seed, 0)
+    integer("lora_rank", rank, 1); integer("seed", seed, 0)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"lora_alpha must be a number, got {alpha!r}")
     if not (alpha > 0 and math.isfinite(alpha)): raise ValueError(f"lora_alpha must be positive, got {alpha!r}")

@@ -6,7 +6,7 @@ __all__ = ['MemoryEstimate', 'estimate_memory', 'free_memory', 'check_memory']
 # %% ../../nbs/rooms/models/memory.ipynb #b62f9ca6
 from dataclasses import dataclass, fields
 from pathlib import Path
-from ..check import choose, did_you_mean, whole_number
+from ..check import among, integer, nearest
 from .folder import model_config
 from .names import dtype_name, DTYPES, resolve_device, resolve_model, TRACKS
 
@@ -72,11 +72,11 @@ def estimate_memory(
     cache_tokens:int = 0, # tokens whose keys and values are kept at once, where answers are generated
 )->MemoryEstimate:
     "What a run needs, from the configuration alone: nothing is loaded"
-    track, dtype, config = choose("track", track, TRACKS), dtype_name(dtype), model_config(name)
+    track, dtype, config = TRACKS[among("track", track, TRACKS)], dtype_name(dtype), model_config(name)
     for k, v in dict(lora_rank=lora_rank, tokens=tokens, length=length, logit_rows=logit_rows).items():
-        whole_number(k, v, 1)
-    whole_number("cache_tokens", cache_tokens, 0)
-    choose("restore", restore, {"copy": 1, "inplace": 1})
+        integer(k, v, 1)
+    integer("cache_tokens", cache_tokens, 0)
+    among("restore", restore, ("copy", "inplace"))
     model, size = _meta_model(config, dtype), DTYPES[dtype]
     hidden, layers, ffn, vocab = _sizes(config)
     trained = [p.numel() for p in model.parameters()]
@@ -107,7 +107,7 @@ def lora_modules(model, targets=None): # name -> linear layer that gets an adapt
     if isinstance(targets, str) or not targets or not all(isinstance(t, str) for t in targets):
         raise TypeError(f"lora_targets must be a list of names of linear layers, got {targets!r}")
     for t in targets:
-        if not under([t]): raise ValueError(f"lora_targets: no linear layer is called {t!r}{did_you_mean(t, kinds)} "
+        if not under([t]): raise ValueError(f"lora_targets: no linear layer is called {t!r}{nearest(t, kinds)} "
                                             f"{type(model).__name__} has {', '.join(kinds)}")
     return under(targets)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from ..check import choose, did_you_mean
+from ..check import among, nearest
 from ..tasks.embedded import tiny_opt_path
 
 # %% ../../nbs/rooms/models/names.ipynb #84564e96
@@ -89,7 +89,7 @@ def resolve_model(
     if base in MODELS and MODELS[base].hub: return replace(MODELS[base], name=str(name), revision=revision, folder=None)
     if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base):
         return ModelSpec(name=name, hub=base, revision=revision)
-    raise ValueError(f"unknown model {str(name)!r}{did_you_mean(name, MODELS)} Short names: {', '.join(MODELS)}; else "
+    raise ValueError(f"unknown model {str(name)!r}{nearest(name, MODELS)} Short names: {', '.join(MODELS)}; else "
                      "give an existing folder, or org/name of the Hugging Face hub")
 
 # %% ../../nbs/rooms/models/names.ipynb #be14104e
@@ -99,7 +99,7 @@ TRACKS = {"full": "full", "ft": "full", "lora": "lora"}
 # %% ../../nbs/rooms/models/names.ipynb #ac121093
 def dtype_name(dtype): # "float16" or torch.float16 -> "float16"
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
-    choose("dtype", name, DTYPES)
+    among("dtype", name, DTYPES)
     return name
 
 # %% ../../nbs/rooms/models/names.ipynb #42543acb
@@ -114,7 +114,7 @@ def resolve_device(
     except (RuntimeError, TypeError): d = None
     if d is None or d.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device must be cpu, cuda, cuda:0, …, mps or auto, got "
-                         f"{device!r}{did_you_mean(device, ('cpu', 'cuda', 'mps', 'auto'))}")
+                         f"{device!r}{nearest(device, ('cpu', 'cuda', 'mps', 'auto'))}")
     n = dict(cpu=1, cuda=torch.cuda.device_count() if cuda else 0, mps=int(mps))[d.type]
     if (d.index or 0) >= n:
         have = f"it has {n} of this kind" if n else f"torch {torch.__version__} finds none here"

@@ -7,10 +7,11 @@ __all__ = ['ASSETS', 'tiny_opt_path', 'reviews', 'normal_form', 'facts', 'attrib
 
 # %% ../../nbs/rooms/tasks/embedded.ipynb #4a99c5cd
 import paczero
-import csv, difflib, hashlib, re
+import csv, hashlib, re
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
+from ..check import among, integer
 
 # %% ../../nbs/rooms/tasks/embedded.ipynb #203ead2a
 ASSETS = Path(paczero.__file__).resolve().parent/'assets'
@@ -28,11 +29,7 @@ def tiny_opt_path() -> Path: # folder in Hugging Face format: config, weights (s
 # %% ../../nbs/rooms/tasks/embedded.ipynb #0f2e46b0
 _PARTS = ('train', 'test')
 
-def _check_part(part):
-    "Refuse an unknown part, suggest the nearest."
-    if part in _PARTS: return
-    near = difflib.get_close_matches(str(part), _PARTS, 1, 0.4)
-    raise ValueError(f'part must be one of {_PARTS}, got {part!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
+_check_part = lambda part: among('part', part, _PARTS)
 
 # %% ../../nbs/rooms/tasks/embedded.ipynb #7ec88d7e
 @lru_cache(maxsize=None)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 import numpy as np
-from ..check import whole_number
+from ..check import integer
 from .rows import find_rows
 from .spec import label_key, label_map, resolve_task
 from .task import count_repeats, Example, Task
@@ -105,8 +105,8 @@ def load_task(
 )->Task:
     "Load, check and split a task; every error comes before any work and says what to do"
     spec = resolve_task(name)
-    whole_number("seed", seed, 0, 2**32 - 1); whole_number("n_train", n_train, 1); whole_number("n_dev", n_dev, 0)
-    n_eval = spec.n_eval if n_eval is None else whole_number("n_eval", n_eval, 1)
+    integer("seed", seed, 0, 2**32 - 1); integer("n_train", n_train, 1); integer("n_dev", n_dev, 0)
+    n_eval = spec.n_eval if n_eval is None else integer("n_eval", n_eval, 1)
     train, evaluation, split, source = find_rows(spec, path, data, n_train + n_dev)
     targets = _check_rows(train, spec, f"{source}, train")
     if evaluation is None: # one table: the test set is set apart from it, the same for every seed

@@ -8,7 +8,7 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 import numpy as np
-from ..check import did_you_mean, whole_number
+from ..check import integer, nearest
 
 # %% ../../nbs/rooms/tasks/spec.ipynb #98c41b0b
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def _check_spec(spec):
         if isinstance(getattr(spec, k), str):
             raise TypeError(f"{k} must be a tuple of strings, got {getattr(spec, k)!r}")
         object.__setattr__(spec, k, tuple(getattr(spec, k)))
-    whole_number("max_new_tokens", spec.max_new_tokens, 1)
+    integer("max_new_tokens", spec.max_new_tokens, 1)
     if spec.options: _check_options(spec)
 
 def _check_options(spec):
@@ -116,5 +116,5 @@ def resolve_task(
     "The declaration behind a name; an unknown one is an error that suggests the nearest"
     if isinstance(name, TaskSpec): return name
     if isinstance(name, str) and name in TASKS: return TASKS[name]
-    raise ValueError(f"unknown task {name!r}{did_you_mean(name, TASKS)} Known: {', '.join(TASKS)}; "
+    raise ValueError(f"unknown task {name!r}{nearest(name, TASKS)} Known: {', '.join(TASKS)}; "
                      "declare your own with TaskSpec(...) and register_task(spec)")
