@@ -6,10 +6,13 @@
 __all__ = ['PIECE', 'KEEP', 'direction_seed', 'direction', 'z_fingerprint', 'Theta', 'peak_extra_bytes']
 
 # %% ../nbs/rooms/directions.ipynb #91b9618a
-import hashlib, math, os, torch
+import functools
+import hashlib
+import math
+import os
 from fastcore.basics import patch
 
-# %% ../nbs/rooms/directions.ipynb #11566aaf
+# %% ../nbs/rooms/directions.ipynb #8dda92a1
 def direction_seed(
     seed:int, # the run's public seed, >= 0
     step:int, # t, counted from 0
@@ -17,7 +20,8 @@ def direction_seed(
 )->int: # a seed in [0, 2^63)
     "The public seed of direction `k` of step `step`."
     for name, v in dict(seed=seed, step=step, k=k).items():
-        if isinstance(v, bool) or not isinstance(v, int): raise TypeError(f"{name} must be an integer, got {v!r}")
+        if isinstance(v, bool) or not isinstance(v, int):
+            raise TypeError(f"{name} must be an integer, got {v!r}")
         if v < 0: raise ValueError(f"{name} must be >= 0, got {v}")
     digest = hashlib.sha256(f"paczero direction {seed} {step} {k}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -40,6 +44,7 @@ def direction(
     seed:int, # from `direction_seed`
 ):
     "Yield z, one float32 tensor for each parameter, in order; one of them is in memory at a time."
+    import torch
     if not params: return
     device = params[0].device
     gen = torch.Generator(device=device).manual_seed(seed)
@@ -50,15 +55,17 @@ def direction(
         for a, b in _spans(p): z.view(-1)[a:b].normal_(generator=gen)
         yield z
 
-# %% ../nbs/rooms/directions.ipynb #11908d60
+# %% ../nbs/rooms/directions.ipynb #47262f9a
 def z_fingerprint(
     seed:int, # the run's public seed
     device="cpu", # where the trainable parameters live
 )->str: # 32 hexadecimal digits
     "A short hash of normals drawn from the run's first direction seed, on this device, by this torch."
+    import torch
     probes = [torch.empty(n, device=device) for n in (7, 64, 1_000_003)]
     h = hashlib.sha256()
-    for z in direction(probes, direction_seed(seed, 0)): h.update(z.cpu().numpy().astype("<f4").tobytes())
+    for z in direction(probes, direction_seed(seed, 0)):
+        h.update(z.cpu().numpy().astype("<f4").tobytes())
     return h.hexdigest()[:32]
 
 # %% ../nbs/rooms/directions.ipynb #fb39df15
@@ -117,6 +124,7 @@ def _views(tensors, block): # list of tensors that share memory with `tensors`
 @patch
 def _draw(self:Theta, step, k):
     "Draw z: one list of float32 tensors for each block."
+    import torch
     device = self.params[0].device
     gen = torch.Generator(device=device).manual_seed(direction_seed(self.seed, step, k))
     for block in self.blocks:
@@ -134,65 +142,83 @@ def _z(self:Theta, step, k): # list where it is kept, generator where not; of li
 
 def _times(alpha, zs, kept): # list of tensors
     "αz of a block, in place where z is not kept."
+    import torch
     if kept: return torch._foreach_mul(zs, alpha)
     torch._foreach_mul_(zs, alpha)
     return zs
 
-# %% ../nbs/rooms/directions.ipynb #8a3ce129
+# %% ../nbs/rooms/directions.ipynb #55ab37c1
+def _no_grad(f):
+    "As `torch.no_grad()`; torch is loaded when `f` is called, not before."
+    @functools.wraps(f)
+    def run(*args, **kw):
+        import torch
+        with torch.no_grad():
+            return f(*args, **kw)
+    return run
+
+# %% ../nbs/rooms/directions.ipynb #d81df26b
 @patch
 def _write(self:Theta, block, dz):
     "θ' ← θ + dz for one block, added in float32 (or wider) and rounded once."
+    import torch
     here, home = _views(self.params, block), _views(self.home or self.params, block)
     for p, h, d in zip(here, home, dz): torch.add(h, d, out=p)
 
 @patch
-@torch.no_grad()
+@_no_grad
 def move(self:Theta,
     step:int, # t
     k:int, # which direction
     to:int, # +1: θ + εz;  −1: θ − εz
 ):
     "Put the parameters at θ + εz or θ − εz."
+    import torch
     if not self.home and self.at and self.along != (step, k): self.restore(*self.along)
-    if self.home and to == -self.at and self.along == (step, k): torch._foreach_lerp_(self.params, self.home, 2.0)
+    if self.home and to == -self.at and self.along == (step, k):
+        torch._foreach_lerp_(self.params, self.home, 2.0)
     else:
         alpha, z = self.eps * (to if self.home else to - self.at), self._z(step, k)
-        for block, zs in zip(self.blocks, z): self._write(block, _times(alpha, zs, isinstance(z, list)))
+        for block, zs in zip(self.blocks, z):
+            self._write(block, _times(alpha, zs, isinstance(z, list)))
     self.at, self.along = to, (step, k)
 
 # %% ../nbs/rooms/directions.ipynb #b6472bcc
 @patch
-@torch.no_grad()
+@_no_grad
 def restore(self:Theta,
     step:int, # t
     k:int, # the direction that `move` used last
 ):
     "Put the parameters back to θ: exactly with a copy, up to rounding in place."
+    import torch
     if self.home: torch._foreach_copy_(self.params, self.home)
     elif self.at: self.move(step, k, 0)
     self.at = 0
 
-# %% ../nbs/rooms/directions.ipynb #843b9dac
+# %% ../nbs/rooms/directions.ipynb #19206cd6
 @patch
-@torch.no_grad()
+@_no_grad
 def update(self:Theta,
     step:int, # t
     coefficients, # a_1..a_K: lr_t · y_k / K
 ):
     "θ ← θ − Σ a_k z_k, along the very directions of `move`; afterwards the parameters stand at the new θ."
+    import torch
     coefficients = list(coefficients)
-    if self.home is None: coefficients[-1] += self.at * self.eps      # come back from the last point on the way
+    if self.home is None: coefficients[-1] += self.at * self.eps      # coming back on the way
     streams = [self._z(step, k) for k in range(len(coefficients))]
     for block, zs, *others in zip(self.blocks, *streams):
         total = _times(-coefficients[0], zs, isinstance(streams[0], list))
         for a, o in zip(coefficients[1:], others): torch._foreach_add_(total, o, alpha=-a)
         self._write(block, total)
-        if self.home: torch._foreach_copy_(_views(self.home, block), _views(self.params, block))
+        if self.home:
+            torch._foreach_copy_(_views(self.home, block), _views(self.params, block))
     self.at = 0
 
 # %% ../nbs/rooms/directions.ipynb #68a5976c
 @patch
-@torch.no_grad()
+@_no_grad
 def surviving(self:Theta,
     step:int, # t
     coefficients, # as for `update`
@@ -212,6 +238,7 @@ def peak_extra_bytes(
     device="cpu", # whose memory
 )->int: # bytes above what was held before
     "The most memory that torch held on `device` while `f()` ran, beyond what it held before."
+    import torch
     if torch.device(device).type == "cuda": return _peak_extra_cuda(f, device)
     from torch.profiler import ProfilerActivity, profile
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")      # else the profiler reports its own starts and stops
@@ -225,6 +252,7 @@ def peak_extra_bytes(
 
 def _peak_extra_cuda(f, device)->int:
     "By the allocator of a GPU, which keeps the peak itself."
+    import torch
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
