@@ -46,13 +46,14 @@ def _value(text, kind=None): # kind: int, float or str; None: a number where it 
 def _rows()->dict: # {run_id: {column: text}}
     return {row["run_id"]: row for row in cell_table().to_dict("records")}
 
-# %% ../../nbs/rooms/lab/cells.ipynb #619e506c
+# %% ../../nbs/rooms/lab/cells.ipynb #9613f2ca
 def cell(
     run_id:str, # as in `cells()`
 )->Recipe:
     "The recipe of one of the paper's cells, by name."
     if run_id not in _rows():
-        raise ValueError(f"unknown cell {run_id!r}{nearest(run_id, _rows())} The 143 names are in paczero.paper.cells()")
+        raise ValueError(f"unknown cell {run_id!r}{nearest(run_id, _rows())} "
+                         "The 143 names are in paczero.paper.cells()")
     row = _rows()[run_id]
     told = lambda name, kind=None: _value(row.get(_COLUMNS.get(name, name), ""), kind)
     common = {f.name: told(f.name, f.type) for part in (Network, Data, FineTuneConfig) for f in fields(part)}

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TRACKS', 'DTYPES', 'LORA', 'contradiction', 'Network', 'Data', 'Method', 'Recipe', 'flat_names', 'plain']
 
-# %% ../../nbs/rooms/lab/recipe.ipynb #7d1fb2c7
+# %% ../../nbs/rooms/lab/recipe.ipynb #a02c06dd
 from dataclasses import dataclass, field, fields
 from fastcore.basics import patch
 from ..check import among, is_number, nearest, require
 from ..mechanisms.fields import check_field
-from ..mechanisms.registry import field_owners, make_mechanism as made, mechanism_named, MECHANISMS
+from ..mechanisms.registry import field_owners, make_mechanism as made, mechanism_named, MECHANISMS, registered
 from ..run.config import FineTuneConfig
 
 # %% ../../nbs/rooms/lab/recipe.ipynb #dc410431
@@ -61,7 +61,7 @@ class Data:
         ok = self.n_eval is None or is_number(self.n_eval, whole=True) and self.n_eval > 0
         require(ok, "n_eval", self.n_eval, "a whole number > 0, or None")
 
-# %% ../../nbs/rooms/lab/recipe.ipynb #1a21a1a4
+# %% ../../nbs/rooms/lab/recipe.ipynb #220ef753
 @dataclass(frozen=True, kw_only=True)
 class Method:
     "A mechanism by name, with its own fields."
@@ -69,23 +69,22 @@ class Method:
     own:tuple = () # of (field, value), in the order of their declaration
 
     def __post_init__(self):
-        among("mechanism", self.name, tuple(MECHANISMS))
         for f in self.mechanism.fields:
             check_field(f, dict(self.own).get(f.name), self.name)
 
     @property
     def mechanism(self)->type:
         "Its class."
-        return MECHANISMS[self.name]
+        return registered(self.name)
 
     @classmethod
     def of(cls, name:str, given:dict)->"Method": # given: flat fields, of which it takes its own
         "The mechanism with what is given, and defaults for the rest; another mechanism's field is refused."
-        among("mechanism", name, tuple(MECHANISMS))
+        cls_fields = registered(name).fields
         for f, owners in field_owners().items():
             if given.get(f) is not None and name not in owners:
                 raise contradiction(f, given[f], "mechanism", name, owners)
-        return cls(name=name, own=tuple((f.name, given.get(f.name, f.default)) for f in MECHANISMS[name].fields))
+        return cls(name=name, own=tuple((f.name, given.get(f.name, f.default)) for f in cls_fields))
 
 # %% ../../nbs/rooms/lab/recipe.ipynb #7946cda5
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -107,10 +106,10 @@ class Recipe:
             raise AttributeError(f"a Recipe has no field {name!r}{nearest(name, flat_names())}")
         return self.flat()[name]
 
-# %% ../../nbs/rooms/lab/recipe.ipynb #7a6bdf5d
+# %% ../../nbs/rooms/lab/recipe.ipynb #66b13fb3
 _HEAD = ("model", "task", "track", "mechanism") # then the mechanisms' own fields, then
-_TAIL = ("k", "lora_rank", "lora_alpha", "lr", "lr_schedule", "clip", "steps", "m", "design", "r", "seed", "n_train", "n_dev",
-         "n_eval", "zo_eps", "eval_every", "select", "restore", "dtype", "source")
+_TAIL = ("k", "lora_rank", "lora_alpha", "lr", "lr_schedule", "clip", "steps", "m", "design", "r", "seed", "n_train",
+         "n_dev", "n_eval", "zo_eps", "eval_every", "select", "restore", "dtype", "source")
 
 def flat_names()->tuple:
     "A recipe's fields by their flat names, those of all registered mechanisms among them."
@@ -163,7 +162,7 @@ def _subsets(method, given)->dict: # of M, where something is to be said of it
         raise contradiction("m", given["m"], "mechanism", method.name, [n for n, c in MECHANISMS.items() if not c.dp])
     return dict(m=2)
 
-# %% ../../nbs/rooms/lab/recipe.ipynb #98b4cf64
+# %% ../../nbs/rooms/lab/recipe.ipynb #edac669f
 @patch
 def but(self:Recipe, **changes)->Recipe: # changes: by flat names
     "The recipe with some fields changed."
@@ -171,9 +170,9 @@ def but(self:Recipe, **changes)->Recipe: # changes: by flat names
     if changes.get("track", self.track) != self.track:
         kept = {k: v for k, v in kept.items() if k not in LORA}
     if changes.get("mechanism", self.mechanism) != self.mechanism:
-        among("mechanism", changes["mechanism"], tuple(MECHANISMS))
-        kept = {k: v for k, v in kept.items() if k not in field_owners()} | MECHANISMS[changes["mechanism"]].fixes
-        if MECHANISMS[changes["mechanism"]].dp or kept["m"] is None:
+        new = registered(changes["mechanism"])
+        kept = {k: v for k, v in kept.items() if k not in field_owners()} | new.fixes
+        if new.dp or kept["m"] is None:
             del kept["m"]
     return Recipe.from_flat(**kept | changes)
 

@@ -91,7 +91,7 @@ def to_dict(self:Guarantee)->dict: # JSON-able
     return {**numbers, 'covered': self.covered, 'statement': self.statement(), 'assumptions': list(self.assumptions),
             'not_covered': list(self.not_covered)}
 
-# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #ab2030ce
+# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #81e310bd
 @patch
 def statement(self:Guarantee)->str:
     "One paragraph: what this says."
@@ -103,27 +103,28 @@ def statement(self:Guarantee)->str:
     return _tells_nothing(self) if self.mi == 0 else _tells_little(self)
 
 def _tells_nothing(g):
-    return (f"The released transcript, and the weights computed from it, tell **nothing** (0 nats, exactly) about which of the "
-            f"{g.m} candidate subsets of the pool of {g.n} examples was the secret one. Whoever wants to know whether an "
-            f"example of the pool was in the secret subset is right with probability at most {_prior(g):.4g}, the same as "
-            "without seeing anything.")
+    return ("The released transcript, and the weights computed from it, tell **nothing** (0 nats, exactly) about which "
+            f"of the {g.m} candidate subsets of the pool of {g.n} examples was the secret one. Whoever wants to know "
+            "whether an example of the pool was in the secret subset is right with probability at most "
+            f"{_prior(g):.4g}, the same as without seeing anything.")
 
 def _tells_little(g):
     more = ' Such a budget bounds nothing for a single example.' if g.posterior_bound == 1 else ''
-    return (f"The released transcript, and the weights computed from it, tell at most **{g.mi:.6g} nats** about which of the "
-            f"{g.m} candidate subsets of the pool of {g.n} examples was the secret one. On average over runs, whoever wants "
-            "to know whether an example of the pool was in the secret subset is right with probability at most "
-            f"**{rounded_up(g.posterior_bound)}**, where {_prior(g):.4g} is possible without seeing anything.{more}")
+    return (f"The released transcript, and the weights computed from it, tell at most **{g.mi:.6g} nats** about which "
+            f"of the {g.m} candidate subsets of the pool of {g.n} examples was the secret one. On average over runs, "
+            "whoever wants to know whether an example of the pool was in the secret subset is right with probability at "
+            f"most **{rounded_up(g.posterior_bound)}**, where {_prior(g):.4g} is possible without seeing anything.{more}")
 
 def _prior(g):
     "How often whoever sees nothing is right."
     return max(g.prior, 1 - g.prior)
 
-# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #1692f599
+# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #f6ae5f14
 @patch
 def rows(self:Guarantee)->list: # of (what, value)
     "The numbers of the page."
-    return [('mechanism', self.mechanism), ('pool size n', self.n), ('candidate subsets M', f'{self.m} ({self.design})'),
+    return [('mechanism', self.mechanism), ('pool size n', self.n),
+            ('candidate subsets M', f'{self.m} ({self.design})'),
             ('prior of membership', number_text(self.prior)), ('bound on I(S*; Y), nats', number_text(self.mi)),
             ('booked in this run, nats', f'{number_text(self.mi_spent)} in {self.releases} releases'),
             ("attacker's success on one example, at most", rounded_up(self.posterior_bound)),
