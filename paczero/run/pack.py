@@ -6,11 +6,10 @@
 __all__ = ['FORMAT', 'TEXTS', 'TABLES', 'TRANSCRIPT', 'TRANSCRIPTS', 'PACKED_FILES', 'PACK_FILES', 'MAX_TABLE', 'Pack',
            'PackedFiles', 'open_pack', 'write_pack', 'pack_runs']
 
-# %% ../../nbs/rooms/run/pack.ipynb #e48f219b
+# %% ../../nbs/rooms/run/pack.ipynb #98bd593b
 import fnmatch, io, json, os, shutil, zipfile, zlib
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
-from ..check import MAX_JSON
 from .record import folder_runs, Run, SIGNS
 from ..transcript import MAX_BYTES, TranscriptError
 

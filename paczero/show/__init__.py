@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BEFORE', 'colour', 'marker', 'method_label', 'save_figure', 'stamp_figure', 'style', 'plot_matching', 'plot_run',
            'plot_scores', 'readable_scores', 'score_table', 'collect', 'markdown_table', 'summarise', 'file_table',
-           'FILES', 'recipe_table', 'release_summary', 'cell_registry', 'find_results', 'KNOWN', 'measured', 'NUMBERS',
-           'RAN', 'read_object', 'recipe_of', 'results', 'SAME', 'select', 'SETS', 'agrees', 'GROUP', 'grouped',
-           'method', 'missing', 'NAMES', 'readable', 'reported_for', 'reported_rows', 'band', 'Match', 'matches',
-           'own_run', 'axes', 'by_set', 'draw', 'draw_reported', 'legend', 'save', 'ticks', 'titled', 'WHISKERS']
+           'FILES', 'recipe_table', 'release_summary', 'cell_registry', 'find_results', 'NUMBERS', 'select', 'KNOWN',
+           'measured', 'RAN', 'recipe_of', 'results', 'SAME', 'SETS', 'agrees', 'GROUP', 'grouped', 'method', 'missing',
+           'NAMES', 'readable', 'reported_for', 'reported_rows', 'band', 'Match', 'matches', 'own_run', 'axes',
+           'by_set', 'draw', 'draw_reported', 'legend', 'save', 'ticks', 'titled', 'WHISKERS']
 
 # %% ../../nbs/rooms/show/index.ipynb #6c401af4
 from .style import BEFORE, colour, marker, method_label, save_figure, stamp_figure, style
@@ -16,13 +16,10 @@ from .matching import plot_matching
 from .run import plot_run, plot_scores, readable_scores, score_table
 from .seeds import collect, markdown_table, summarise
 from .page import file_table, FILES, recipe_table, release_summary
-from paczero.show.runs import (
-    cell_registry, find_results, KNOWN, measured, NUMBERS, RAN, read_object, recipe_of, results,
-    SAME, select, SETS,
-)
-from paczero.show.tables import (
-    agrees, GROUP, grouped, method, missing, NAMES, readable, reported_for, reported_rows,
-)
+from .registry import cell_registry, find_results, NUMBERS, select
+from .runs import KNOWN, measured, RAN, recipe_of, results, SAME, SETS
+from .tables import agrees, GROUP, grouped, method, missing, NAMES, readable, reported_for
+from .tables import reported_rows
 from .match import band, Match, matches, own_run
 from .draw import axes, by_set, draw, draw_reported, legend, save, ticks, titled, WHISKERS
 
@@ -31,9 +28,8 @@ _all_ = [
     "BEFORE", "colour", "marker", "method_label", "save_figure", "stamp_figure", "style",
     "plot_matching", "plot_run", "plot_scores", "readable_scores", "score_table", "collect",
     "markdown_table", "summarise", "file_table", "FILES", "recipe_table", "release_summary",
-    "cell_registry", "find_results", "KNOWN", "measured", "NUMBERS", "RAN", "read_object",
-    "recipe_of", "results", "SAME", "select", "SETS", "agrees", "GROUP", "grouped", "method",
-    "missing", "NAMES", "readable", "reported_for", "reported_rows", "band", "Match", "matches",
-    "own_run", "axes", "by_set", "draw", "draw_reported", "legend", "save", "ticks", "titled",
-    "WHISKERS",
+    "cell_registry", "find_results", "NUMBERS", "select", "KNOWN", "measured", "RAN", "recipe_of",
+    "results", "SAME", "SETS", "agrees", "GROUP", "grouped", "method", "missing", "NAMES",
+    "readable", "reported_for", "reported_rows", "band", "Match", "matches", "own_run", "axes",
+    "by_set", "draw", "draw_reported", "legend", "save", "ticks", "titled", "WHISKERS",
 ]
