@@ -9,7 +9,8 @@ __all__ = ['MODELS', 'ModelSpec', 'resolve_device', 'resolve_model', 'cache_fold
 
 # %% ../../nbs/rooms/models/index.ipynb #f744d160
 from .names import MODELS, ModelSpec, resolve_device, resolve_model
-from .folder import cache_folder, model_config
+from .folder import cache_folder
+from .find import model_config
 from .memory import MemoryEstimate, check_memory, estimate_memory, free_memory
 from .lora import trainable_parameters
 from .load import load_model

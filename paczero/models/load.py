@@ -5,7 +5,8 @@ __all__ = ['load_model']
 
 # %% ../../nbs/rooms/models/load.ipynb #afd21022
 from ..check import among
-from .folder import model_config, model_folder, quiet, weight_files
+from .find import model_config, model_folder
+from .folder import quiet, weight_files
 from .lora import add_lora, check_lora
 from .memory import check_memory, estimate_memory, MemoryEstimate
 from .names import dtype_name, ModelSpec, resolve_device, resolve_model, TRACKS

@@ -7,7 +7,7 @@ __all__ = ['MemoryEstimate', 'estimate_memory', 'free_memory', 'check_memory']
 from dataclasses import dataclass, fields
 from pathlib import Path
 from ..check import among, integer, nearest
-from .folder import model_config
+from .find import model_config
 from .names import dtype_name, DTYPES, resolve_device, resolve_model, TRACKS
 
 # %% ../../nbs/rooms/models/memory.ipynb #8ef3308a
