@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -79,7 +80,8 @@ def attempt(parent, folder, kill):
     if kill:
         while lines(ledger) < target and time.monotonic() - start < 120 and not (folder / "metrics.json").exists():
             time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):          # it may have ended by itself
+            os.kill(pid, signal.SIGKILL)
     status = hear(parent, "status")
     assert status in (0, -signal.SIGKILL), (folder.parent / "errors").read_text()[-3000:]
     public = folder / "transcript.jsonl"
