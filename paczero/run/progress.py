@@ -5,17 +5,22 @@
 # %% auto #0
 __all__ = ['clock', 'status_line', 'Heartbeat', 'NotebookBar', 'in_notebook', 'progress_callbacks']
 
-# %% ../../nbs/rooms/run/progress.ipynb #dcbf0584
+# %% ../../nbs/rooms/run/progress.ipynb #433bf380
 import html, sys, time
+from fastcore.basics import patch
 from transformers.trainer_callback import TrainerCallback
 
-# %% ../../nbs/rooms/run/progress.ipynb #c5581391
+# %% ../../nbs/rooms/run/progress.ipynb #ca0510ac
 def clock(
     seconds:float, # a duration
 )->str: # "0:07", "12:30", "3:05:00"
     "A duration as people read it."
-    s = int(round(seconds)); h, s = divmod(s, 3600)
+    h, s = divmod(int(round(seconds)), 3600)
     return f"{h}:{s // 60:02d}:{s % 60:02d}" if h else f"{s // 60}:{s % 60:02d}"
+
+# %% ../../nbs/rooms/run/progress.ipynb #c915cc79
+_SHOWN = dict(loss="loss {:.4f}", unanimous="unanimous {:.0%}", mi_spent="spent {:.3g} nats",
+              eval_accuracy="dev accuracy {:.1%}", eval_f1="dev F1 {:.1%}", eval_loss="dev loss {:.4f}")
 
 def status_line(
     step:int, # steps done
@@ -26,29 +31,38 @@ def status_line(
 )->str:
     "Where the run stands, in one line."
     logs, here = logs or {}, step - done_before
+    shown = dict(_SHOWN)
+    if logs.keys() & {"eval_accuracy", "eval_f1"}: del shown["eval_loss"]
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-    for key, text in (("loss", "loss {:.4f}"), ("unanimous", "unanimous {:.0%}"), ("mi_spent", "spent {:.3g} nats"),
-                      ("eval_accuracy", "dev accuracy {:.1%}"), ("eval_f1", "dev F1 {:.1%}"), ("eval_loss", "dev loss {:.4f}")):
-        if logs.get(key) is not None and not (key == "eval_loss" and len(logs.keys() & {"eval_accuracy", "eval_f1"})): parts.append(text.format(logs[key]))
+    parts += [text.format(logs[key]) for key, text in shown.items() if logs.get(key) is not None]
     if here > 0: parts.append(f"{elapsed / here:.2f} s/step · {clock(elapsed / here * (steps - step))} left")
     return " · ".join(parts)
 
-# %% ../../nbs/rooms/run/progress.ipynb #a8bca007
+# %% ../../nbs/rooms/run/progress.ipynb #a514c5da
 class _Watcher(TrainerCallback):
     "Keeps what there is to show."
     def on_train_begin(self, args, state, control, **kw):
         self.t0, self.before, self.logs, self.evals = time.perf_counter(), state.global_step, {}, []
         self.show(state, force=True)
+
     def on_log(self, args, state, control, logs=None, **kw):
         self.logs.update({k: v for k, v in (logs or {}).items() if k != "mi_spent" or v})
-    def on_evaluate(self, args, state, control, metrics=None, **kw):
-        self.logs.update(metrics or {}); self.evals.append({"step": state.global_step, **(metrics or {})})
-        self.show(state, force=True)
-    def on_step_end(self, args, state, control, **kw):
-        if not control.should_evaluate: self.show(state)      # else after the evaluation, with its scores
-    def on_train_end(self, args, state, control, **kw): self.show(state, force=True)
-    def line(self, state): return status_line(state.global_step, state.max_steps, time.perf_counter() - self.t0, self.before, self.logs)
 
+    def on_evaluate(self, args, state, control, metrics=None, **kw):
+        self.logs.update(metrics or {})
+        self.evals.append({"step": state.global_step, **(metrics or {})})
+        self.show(state, force=True)
+
+    def on_step_end(self, args, state, control, **kw):
+        if not control.should_evaluate: self.show(state)
+
+    def on_train_end(self, args, state, control, **kw): self.show(state, force=True)
+
+    def line(self, state):
+        spent = time.perf_counter() - self.t0
+        return status_line(state.global_step, state.max_steps, spent, self.before, self.logs)
+
+# %% ../../nbs/rooms/run/progress.ipynb #d1944bb9
 class Heartbeat(_Watcher):
     "Prints a line at the start, every tenth of the run, and whenever `seconds` have passed: for logs and terminals."
     def __init__(self,
@@ -56,35 +70,54 @@ class Heartbeat(_Watcher):
         name:str="", # stands in front of every line
         file=None, # where to print; None: standard output
     ): self.seconds, self.name, self.file, self.printed, self.last = seconds, name, file, -1, 0.
+
     def show(self, state, force=False):
         now, tenth = time.perf_counter(), max(1, state.max_steps // 10)
         due = force or state.global_step % tenth == 0 or now - self.last >= self.seconds
         if not due or state.global_step == self.printed: return
         self.printed, self.last = state.global_step, now
-        print(f"{self.name}{': ' if self.name else ''}{self.line(state)}", file=self.file or sys.stdout, flush=True)
+        name = f"{self.name}: " if self.name else ""
+        print(f"{name}{self.line(state)}", file=self.file or sys.stdout, flush=True)
 
+# %% ../../nbs/rooms/run/progress.ipynb #8cc92392
 class NotebookBar(_Watcher):
     "A live bar in a notebook, with the development scores below it; one output, updated in place."
     def __init__(self,
         name:str="", # what runs
         seconds:float=.5, # time between two updates, at least
     ): self.name, self.seconds, self.handle, self.last = name, seconds, None, 0.
-    def _html(self, state):
-        line, cell = html.escape(self.line(state)), "padding:1px 12px;text-align:right"
-        keys = [k for k in ("eval_loss", "eval_accuracy", "eval_f1") if any(k in e for e in self.evals)]
-        rows = "".join(f"<tr><td style='{cell}'>{e['step']}</td>" + "".join(f"<td style='{cell}'>{e[k]:.4f}</td>" for k in keys if k in e) + "</tr>" for e in self.evals[-12:])
-        head = "".join(f"<th style='{cell}'>{k.replace('eval_', 'dev ')}</th>" for k in keys)
-        table = f"<table style='margin-top:4px;font-size:85%'><tr><th style='{cell}'>step</th>{head}</tr>{rows}</table>" if rows else ""
-        return f"<div><b>{html.escape(self.name)}</b> <progress value='{state.global_step}' max='{state.max_steps}' style='width:280px'></progress> {line}{table}</div>"
+
     def show(self, state, force=False):
         now = time.perf_counter()
         if not force and now - self.last < self.seconds: return
         from IPython.display import display
-        self.last, data = now, {"text/html": self._html(state), "text/plain": f"{self.name} {self.line(state)}".strip()}
+        self.last, text = now, f"{self.name} {self.line(state)}".strip()
+        data = {"text/html": self._html(state), "text/plain": text}
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
 
-# %% ../../nbs/rooms/run/progress.ipynb #98d69c76
+# %% ../../nbs/rooms/run/progress.ipynb #fd9c585b
+@patch
+def _html(self:NotebookBar, state):
+    "The bar, its line, and the last twelve looks at the development set."
+    bar = f"<progress value='{state.global_step}' max='{state.max_steps}' style='width:280px'></progress>"
+    return f"<div><b>{html.escape(self.name)}</b> {bar} {html.escape(self.line(state))}{self._scores()}</div>"
+
+@patch
+def _scores(self:NotebookBar):
+    "A table of the last looks, once there is one."
+    if not self.evals: return ""
+    cell = "padding:1px 12px;text-align:right"
+    keys = [k for k in ("eval_loss", "eval_accuracy", "eval_f1") if any(k in e for e in self.evals)]
+    head = "".join(f"<th style='{cell}'>{k.replace('eval_', 'dev ')}</th>" for k in keys)
+    rows = ""
+    for e in self.evals[-12:]:
+        scores = "".join(f"<td style='{cell}'>{e[k]:.4f}</td>" for k in keys if k in e)
+        rows += f"<tr><td style='{cell}'>{e['step']}</td>{scores}</tr>"
+    return (f"<table style='margin-top:4px;font-size:85%'><tr><th style='{cell}'>step</th>{head}</tr>"
+            f"{rows}</table>")
+
+# %% ../../nbs/rooms/run/progress.ipynb #6ca0eba2
 def in_notebook()->bool:
     "Whether a Jupyter kernel runs this (papermill's, too)."
     try: from IPython import get_ipython

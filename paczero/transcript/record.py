@@ -89,7 +89,7 @@ def from_entries(cls:Transcript, entries, digest):
     _need(len(rest) <= steps, f"{len(rest)} steps, but the first line says {steps}")
     return cls(header=header, releases=tuple(tuple(e["y"]) for e in rest), end=end, digest=digest)
 
-# %% ../../nbs/rooms/transcript/record.ipynb #0886700d
+# %% ../../nbs/rooms/transcript/record.ipynb #14ac7203
 def _check_step(e, t, header):
     "One step's line: its number, K releases, ±1 where the mechanism releases signs."
     k, mechanism = header["update"]["k"], header["mechanism"]
@@ -98,7 +98,8 @@ def _check_step(e, t, header):
     ok = ok and isinstance(e["y"], list) and len(e["y"]) == k
     _need(ok, f"step {t}: expected {{'t': {t}, 'y': [{k} numbers]}}, got {str(e)[:80]}")
     what = "a number" if real else "+1 or -1"
-    for y in e["y"]: _need(_number(y) and (real or y in (1, -1)), f"step {t}: a release must be {what}, got {y!r}")
+    for y in e["y"]:
+        _need(_number(y) and (real or y in (1, -1)), f"step {t}: a release must be {what}, got {y!r}")
 
 def _check_end(end, steps):
     "The last line: a step that was taken, and a digest."

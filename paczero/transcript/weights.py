@@ -47,7 +47,7 @@ def take_step(
             for to in (+1, -1): theta.move(t, k, to)
     theta.update(t, coefficients(t, y, update))
 
-# %% ../../nbs/rooms/transcript/weights.ipynb #59da6df0
+# %% ../../nbs/rooms/transcript/weights.ipynb #a13c8081
 def replay(
     model, # the base model as `load_model` gave it: same weights, track and type as in the transcript
     transcript:Transcript,
@@ -57,7 +57,8 @@ def replay(
     h, params = transcript.header, trainable_parameters(model)
     _check_base(model, h, params[0][1].device)
     n = steps if steps is not None else transcript.end["best_step"] if transcript.end else len(transcript)
-    if not 0 <= n <= len(transcript): raise ValueError(f"steps must be from 0 to {len(transcript)}, got {n}")
+    if not 0 <= n <= len(transcript):
+        raise ValueError(f"steps must be from 0 to {len(transcript)}, got {n}")
     theta = Theta(params, h["directions"]["seed"], h["update"]["zo_eps"], h["update"]["restore"])
     for t, y in enumerate(transcript.releases[:n]): take_step(theta, t, y, h["update"])
     return model
