@@ -14,7 +14,7 @@ from .check import integer
 from .directions import Theta
 from .models.lora import trainable_parameters
 from .objectives.make import make_objective
-from .run.differences import differences
+from .finetune import differences
 from .subsets import count_per_example
 
 # %% ../nbs/rooms/forecast.ipynb #a473783c
