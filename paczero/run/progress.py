@@ -18,7 +18,7 @@ def clock(
     h, s = divmod(int(round(seconds)), 3600)
     return f"{h}:{s // 60:02d}:{s % 60:02d}" if h else f"{s // 60}:{s % 60:02d}"
 
-# %% ../../nbs/rooms/run/progress.ipynb #c915cc79
+# %% ../../nbs/rooms/run/progress.ipynb #22c86cdf
 _SHOWN = dict(loss="loss {:.4f}", unanimous="unanimous {:.0%}", mi_spent="spent {:.3g} nats",
               eval_accuracy="dev accuracy {:.1%}", eval_f1="dev F1 {:.1%}", eval_loss="dev loss {:.4f}")
 
@@ -35,7 +35,8 @@ def status_line(
     if logs.keys() & {"eval_accuracy", "eval_f1"}: del shown["eval_loss"]
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
     parts += [text.format(logs[key]) for key, text in shown.items() if logs.get(key) is not None]
-    if here > 0: parts.append(f"{elapsed / here:.2f} s/step · {clock(elapsed / here * (steps - step))} left")
+    if here > 0:
+        parts.append(f"{elapsed / here:.2f} s/step · {clock(elapsed / here * (steps - step))} left")
     return " · ".join(parts)
 
 # %% ../../nbs/rooms/run/progress.ipynb #a514c5da
