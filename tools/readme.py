@@ -26,6 +26,7 @@ def build() -> str:
             cell.source = ""
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"```python\n\s*```\n", "", text)
+    text = re.sub(r"\]\((?!https?:|#|\.\./|/)", "](nbs/", text)          # a notebook's neighbours
     text = text.replace("](../", "](").replace('src="../', 'src="')
     return HEAD + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
