@@ -39,7 +39,7 @@ def wheel_folder(
         release = "(version unknown)"
     return gguf_folder(files[0], name, f"{package} {release}")
 
-# %% ../../nbs/rooms/models/gguf.ipynb #f1a22d3f
+# %% ../../nbs/rooms/models/gguf.ipynb #223e1d3b
 _RECIPE = "1" # of the conversion: a new one makes new entries
 
 def gguf_folder(
@@ -60,8 +60,8 @@ def gguf_folder(
     except OSError as e:
         if e.errno is None: # ours
             raise
-        raise OSError(f"model {name!r}: could not write the converted weights into {entry.parent} "
-                      f"({e.strerror or e}): make room there, or set PACZERO_CACHE_DIR to a folder that has some") from e
+        raise OSError(f"model {name!r}: could not write the converted weights into {entry.parent} ({e.strerror or e}): "
+                      "make room there, or set PACZERO_CACHE_DIR to a folder that has some") from e
     return entry
 
 # %% ../../nbs/rooms/models/gguf.ipynb #c33e4525
