@@ -1,8 +1,8 @@
 """Finished runs into a pack, and out of it again: `python tools/pack.py results/miniature`.
 
-Every finished run below the folder goes into its pack/ (four files), and its folder goes, but for figures. What a pack
-would not keep stays as a folder, with the reason; `--drop` names files that may be deleted. `--unpack TO [NAME …]` writes
-runs out as folders, and leaves the pack as it is.
+Every finished run below the folder goes into its pack/ (four files), and its folder goes, but for figures. What
+a pack would not keep stays as a folder, with the reason; `--drop` names files that may be deleted.
+`--unpack TO [NAME …]` writes runs out as folders, and leaves the pack as it is.
 """
 import argparse
 import sys
@@ -17,7 +17,7 @@ def parser():
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("folder", type=Path, help="a folder of results, e.g. results/miniature")
     top.add_argument("--drop", nargs="+", default=[], metavar="PATTERN",
-                     help="files that may be deleted, relative to their run, e.g. ledger.jsonl run.ipynb 'figures/*.svg'")
+                     help="files that may be deleted, by their path in the run, e.g. ledger.jsonl 'figures/*.svg'")
     top.add_argument("--unpack", nargs="+", metavar=("TO", "NAME"), help="a new folder, and names of runs (none: all)")
     return top
 
