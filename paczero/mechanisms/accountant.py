@@ -70,18 +70,18 @@ def _spent(sigma:float, q:float, T:int, delta:float, accountant:str)->float:
                          f"({others})") from None
     return eps
 
-# %% ../../nbs/rooms/mechanisms/accountant.ipynb #0f16249f
+# %% ../../nbs/rooms/mechanisms/accountant.ipynb #de6e33ce
 def check_plan(delta, sample_rate, steps, accountant, sampling)->tuple: # δ, q, T
     "What the accountants need, in range."
     delta, q = number('delta', delta, 0, 1, open_=True), number('sample_rate', sample_rate, 0, 1)
     if q < 2**-60:
-        raise ValueError(f"sample_rate = {sample_rate!r} must be above 0: with no example ever drawn there is nothing to "
-                         "learn")
+        raise ValueError(f"sample_rate = {sample_rate!r} must be above 0: with no example ever drawn there is nothing "
+                         "to learn")
     among('accountant', accountant, _ACCOUNTANTS)
     if sampling != 'poisson':
         raise ValueError(f"sampling = {sampling!r}: the accountant knows Poisson sampling only, every example "
-                         "independently with probability sample_rate; batches of fixed size or from shuffled epochs have "
-                         "other guarantees")
+                         "independently with probability sample_rate; batches of fixed size or from shuffled epochs "
+                         "have other guarantees")
     return delta, q, integer('steps', steps, 1)
 
 def epsilon_spent(
@@ -96,20 +96,20 @@ def epsilon_spent(
     delta, q, T = check_plan(delta, sample_rate, steps, accountant, sampling)
     return _spent(number('noise_multiplier', noise_multiplier, 1e-3, 1e9), q, T, delta, accountant)
 
-# %% ../../nbs/rooms/mechanisms/accountant.ipynb #50428e34
+# %% ../../nbs/rooms/mechanisms/accountant.ipynb #00172c14
 def _bracket(eps, epsilon:float, start:float, accountant:str)->tuple: # σ that spends more than ε, σ that spends less
     "Two noise multipliers with the wanted ε between theirs."
     high = low = start
     while eps(high) > epsilon:
         low, high = high, 1.5 * high
         if high > 1e8:
-            raise ValueError(f"epsilon = {epsilon:g} is out of the {accountant} accountant's reach: no noise_multiplier "
-                             "up to 1e8 attains it; choose a larger epsilon")
+            raise ValueError(f"epsilon = {epsilon:g} is out of the {accountant} accountant's reach: no "
+                             "noise_multiplier up to 1e8 attains it; choose a larger epsilon")
     while eps(low) <= epsilon:
         high, low = low, low / 1.5
         if low < .05:
-            raise ValueError(f"epsilon = {epsilon:g} is so large that a noise_multiplier of {high:.2g} would do: that is "
-                             "no privacy; choose a smaller epsilon")
+            raise ValueError(f"epsilon = {epsilon:g} is so large that a noise_multiplier of {high:.2g} would do: that "
+                             "is no privacy; choose a smaller epsilon")
     return low, high
 
 @lru_cache(maxsize=256)

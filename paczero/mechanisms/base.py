@@ -17,13 +17,14 @@ from .release import Ledger, quantise, Release
 from .secret import AuditEntropy, OSEntropy, read_secret, Secret, STAMP, write_secret
 from ..subsets import SubsetDesign
 
-# %% ../../nbs/rooms/mechanisms/base.ipynb #3e86dcd7
+# %% ../../nbs/rooms/mechanisms/base.ipynb #eb5a99f1
 class Mechanism(ABC):
     "Base: bind a design, release, account, restore."
     name = 'mechanism'      # in recipes, transcripts and on the command line
     private = True          # False: it comes with no guarantee
     needs_secret = False    # True: it draws a secret subset
     secret_batches = False  # True: which examples a step looked at, and their losses, must not be written down
+    real_valued = False     # True: it releases real numbers, and the transcript lets them pass
     dp = False              # True: (ε, δ)-differentially private: no candidate subsets, no m and no design
     fields = ()             # of Field: what it takes from a recipe
     takes = {}              # constructor's argument: the recipe's common field that feeds it
@@ -240,7 +241,7 @@ def guarantee(self:Mechanism)->Guarantee:
     return Guarantee(**facts, mi=led.budget, posterior_bound=posterior_bound(led.budget, best),
                      subset_bound=posterior_bound(led.budget, 1 / d.m), epsilon=eps if eps < math.inf else None)
 
-# %% ../../nbs/rooms/mechanisms/base.ipynb #a0504c30
+# %% ../../nbs/rooms/mechanisms/base.ipynb #49726702
 @patch
 def _arguments(self:Mechanism)->dict: # the constructor's, as they stand
     return {}
@@ -249,7 +250,8 @@ def _arguments(self:Mechanism)->dict: # the constructor's, as they stand
 def describe(self:Mechanism)->dict: # JSON-able public facts: enough for make_mechanism
     "What config.json records of the mechanism."
     audit = dict(audit=STAMP, audit_seed=self._entropy.seed) if self.audited else {}
-    return dict(name=self.name, **self._arguments(), **audit)
+    real = dict(real_valued=True) if self.real_valued else {}
+    return dict(name=self.name, **self._arguments(), **audit, **real)
 
 @patch
 def __repr__(self:Mechanism):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from .guarantee import Guarantee, number_text, rounded_up
 
-# %% ../../nbs/rooms/mechanisms/dp_guarantee.ipynb #71657e6c
+# %% ../../nbs/rooms/mechanisms/dp_guarantee.ipynb #d9fb8478
 _ASSUMES = (
     'The attacker may know everything else: all other examples of the pool, the algorithm, every public seed.',
     'The pool is sampled as the accountant believes: every example with probability q, independently, afresh at each '
@@ -21,10 +21,10 @@ _NOT_COVERED = (
     'More than one example at a time: the guarantee is for adding or removing one example, so a person with several is '
     'protected less.',
     'Facts about a population that the examples share: learning them is what training is for.',
-    'This run chosen among several on the same pool, as in a hyper-parameter search: the ε and δ of all of them compose, '
-    'and nothing here adds them up.',
-    'Side channels: running time, which tells the size of a batch, power, memory, logs of other software, and that a run '
-    'stopped with an error.',
+    'This run chosen among several on the same pool, as in a hyper-parameter search: the ε and δ of all of them '
+    'compose, and nothing here adds them up.',
+    'Side channels: running time, which tells the size of a batch, power, memory, logs of other software, and that a '
+    'run stopped with an error.',
     "The last bits of floating-point noise: it is rounded to a coarse grid, which is a safeguard and not a proof; and "
     "the accountant's own numerical error beyond the bound that it states.",
     'It is no statement about candidate subsets: there is no secret subset here, and no number of nats.')
@@ -49,15 +49,15 @@ class DPGuarantee(Guarantee):
     def not_covered(self)->tuple:
         return _NOT_COVERED if self.covered else super().not_covered
 
-# %% ../../nbs/rooms/mechanisms/dp_guarantee.ipynb #61b05ac1
+# %% ../../nbs/rooms/mechanisms/dp_guarantee.ipynb #e206afa2
 @patch
 def statement(self:DPGuarantee)->str:
     "One paragraph: what this says."
     if not self.covered:
         return Guarantee.statement(self)
     return ("The released transcript, and the weights computed from it, are "
-            f"**({number_text(self.epsilon)}, {number_text(self.delta)})-differentially private** for adding or removing "
-            "any one example, whatever the other examples of the pool are: no outcome is more than e^ε times likelier "
+            f"**({number_text(self.epsilon)}, {number_text(self.delta)})-differentially private** for adding or "
+            "removing any one example, whatever the other examples of the pool are: no outcome is more than e^ε times likelier "
             "with the example than without it, up to δ. Whoever wants to know whether an example was in the pool, and "
             "held it for as likely as not, is right with probability at most "
             f"**{rounded_up(self.posterior_bound)}**, (e^ε + δ)/(1 + e^ε). δ bounds the chance of outcomes that tell "

@@ -43,10 +43,10 @@ _FIELDS = (
           fits=lambda v: is_number(v) and 0 < v <= 1, need='a probability > 0 and <= 1'))
 _CLIP = 'without a bound on each example no noise is enough for differential privacy'
 
-# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #5f18c1ac
+# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #04a87758
 class _Gaussian(Mechanism):
     "Poisson batch, clipped sum, Gaussian noise; (ε, δ)-DP over all steps."
-    secret_batches = dp = True
+    secret_batches = dp = real_valued = True
     fields, takes = _FIELDS, dict(steps='steps', clip='clip', directions='k')
 
     def __init__(self, *, epsilon:float,      # ε > 0, not to be exceeded by the whole run
@@ -93,7 +93,7 @@ def _reset(self:_Gaussian):
     Mechanism._reset(self)
     self._drawn = None # size of the batch in use
 
-# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #4c84c612
+# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #47d747b5
 @patch
 def _arguments(self:_Gaussian):
     names = ('epsilon', 'delta', 'sample_rate', 'steps', 'clip', 'directions', 'accountant', 'noise_multiplier')
@@ -103,7 +103,7 @@ def _arguments(self:_Gaussian):
 def describe(self:_Gaussian)->dict:
     "What config.json records of the mechanism, with the accountant's word."
     booked = dict(epsilon=self.booked, sampling='poisson', accountant=f'opacus {version("opacus")}, {self.accountant}')
-    return Mechanism.describe(self) | dict(real_valued=True, booked=booked)
+    return Mechanism.describe(self) | dict(booked=booked)
 
 @patch(cls_method=True)
 def label(cls:_Gaussian, spec:dict)->str:

@@ -91,7 +91,7 @@ def to_dict(self:Guarantee)->dict: # JSON-able
     return {**numbers, 'covered': self.covered, 'statement': self.statement(), 'assumptions': list(self.assumptions),
             'not_covered': list(self.not_covered)}
 
-# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #81e310bd
+# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #e15d55a0
 @patch
 def statement(self:Guarantee)->str:
     "One paragraph: what this says."
@@ -112,8 +112,9 @@ def _tells_little(g):
     more = ' Such a budget bounds nothing for a single example.' if g.posterior_bound == 1 else ''
     return (f"The released transcript, and the weights computed from it, tell at most **{g.mi:.6g} nats** about which "
             f"of the {g.m} candidate subsets of the pool of {g.n} examples was the secret one. On average over runs, "
-            "whoever wants to know whether an example of the pool was in the secret subset is right with probability at "
-            f"most **{rounded_up(g.posterior_bound)}**, where {_prior(g):.4g} is possible without seeing anything.{more}")
+            "whoever wants to know whether an example of the pool was in the secret subset is right with probability "
+            f"at most **{rounded_up(g.posterior_bound)}**, where {_prior(g):.4g} is possible without seeing "
+            f"anything.{more}")
 
 def _prior(g):
     "How often whoever sees nothing is right."

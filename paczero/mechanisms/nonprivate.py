@@ -27,7 +27,7 @@ _FIELDS = (
     Field(name='batch_size', help='mini-batch; None: the whole pool', argument='batch', short='b', optional=True,
           fits=lambda v: is_number(v, whole=True) and v >= 1, need='a whole number >= 1, or None for the whole pool'))
 
-# %% ../../nbs/rooms/mechanisms/nonprivate.ipynb #d812f9ce
+# %% ../../nbs/rooms/mechanisms/nonprivate.ipynb #98b9b0f7
 @register_mechanism
 class NonPrivate(Mechanism):
     "The five reference signals. None of them comes with a guarantee."
@@ -41,8 +41,8 @@ class NonPrivate(Mechanism):
         self.needs_secret = signal.endswith('_half')
         self.batch_size = None if batch is None else integer('batch', batch, 1)
         if self.batch_size and self.needs_secret:
-            raise ValueError(f"batch = {batch!r} contradicts signal = {signal!r}: a subset's mean needs the whole pool; "
-                             f"leave batch out, or take a signal of the full pool")
+            raise ValueError(f"batch = {batch!r} contradicts signal = {signal!r}: a subset's mean needs the whole "
+                             "pool; leave batch out, or take a signal of the full pool")
         super().__init__(audit_seed=audit_seed)
 
     def release(self, subset_means, *, pool_mean:float=None)->Release:

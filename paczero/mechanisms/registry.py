@@ -15,7 +15,7 @@ from pathlib import Path
 from ..check import among
 from .base import Mechanism
 
-# %% ../../nbs/rooms/mechanisms/registry.ipynb #3cdb288f
+# %% ../../nbs/rooms/mechanisms/registry.ipynb #e3959d11
 MECHANISMS = {} # name: class, in the order of registration
 MECHANISM_NAMES = MECHANISMS.keys() # what is registered now
 _SPARE = cycle([("#56B4E9", "v"), ("#B8A900", "p"), ("#7F3C8D", "X"), ("#332288", "h"), ("#666666", "d")])
@@ -25,7 +25,8 @@ def register_mechanism(
 )->type: # the class
     "Make a mechanism known by its name (a class decorator)."
     if not (isinstance(cls, type) and issubclass(cls, Mechanism)):
-        raise ValueError(f"{cls!r} is no mechanism: register_mechanism takes a subclass of paczero.mechanisms.Mechanism")
+        raise ValueError(f"{cls!r} is no mechanism: register_mechanism takes a subclass of "
+                         "paczero.mechanisms.Mechanism")
     name = vars(cls).get("name")
     if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name):
         raise ValueError(f"{cls.__name__}.name = {name!r}: give the class a name of its own, of letters, digits, "
