@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Guarantee']
 
-# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #1c44c3aa
+# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #6d9830bc
 import math
 from dataclasses import dataclass, fields
 from fastcore.basics import patch
-from ..information import posterior_bound
 
 # %% ../../nbs/rooms/mechanisms/guarantee.ipynb #547cd1f3
 _ASSUMPTIONS = (

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MECHANISMS', 'MECHANISM_NAMES', 'register_mechanism', 'Look', 'look', 'registered', 'make_mechanism', 'field_owners',
-           'declared', 'mechanism_named']
+           'declared', 'mechanism_named', 'relocated']
 
-# %% ../../nbs/rooms/mechanisms/registry.ipynb #0b325486
+# %% ../../nbs/rooms/mechanisms/registry.ipynb #257e9cbe
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from itertools import cycle
@@ -99,25 +100,38 @@ def declared(
     "The first declaration of that field (a Field), or None."
     return next((f for cls in MECHANISMS.values() for f in cls.fields if f.name == name), None)
 
-# %% ../../nbs/rooms/mechanisms/registry.ipynb #cd443d5e
+# %% ../../nbs/rooms/mechanisms/registry.ipynb #364d85ac
 _FILES = {} # path: names that it registered
 
 def mechanism_named(
     text, # a registered name, "FILE.py" or "FILE.py:NAME"; anything else is returned as it is
 ): # the name
     "The name of a mechanism; where a file is given it is run first, so that what it registers is known."
-    file, _, name = text.rpartition(".py") if isinstance(text, str) else ("", "", "")
-    if not file or name[:1] not in ("", ":"):
+    path, name = _file_of(text)
+    if path is None:
         return text
-    path = Path(f"{file}.py").expanduser().resolve()
     names = _run_file(path)
-    chosen = name[1:] or (names[0] if len(names) == 1 else None)
+    chosen = name or (names[0] if len(names) == 1 else None)
     if chosen not in names:
         raise ValueError(f"mechanism={text!r}: {path.name} registers {', '.join(names) or 'no mechanism'}; give "
                          f"'{path.name}:NAME' with one of them, or decorate a class there with @register_mechanism")
     return chosen
 
-# %% ../../nbs/rooms/mechanisms/registry.ipynb #ed735a55
+def relocated(
+    text, # as for `mechanism_named`
+    to, # a folder
+): # text
+    "What somebody who works in another folder has to call the same mechanism."
+    path, name = _file_of(text)
+    return text if path is None else os.path.relpath(path, Path(to).resolve()) + (f":{name}" if name else "")
+
+# %% ../../nbs/rooms/mechanisms/registry.ipynb #e9093d68
+def _file_of(text)->tuple: # path, name behind the colon; None where no file is named
+    file, _, name = text.rpartition(".py") if isinstance(text, str) else ("", "", "")
+    if not file or name[:1] not in ("", ":"):
+        return None, ""
+    return Path(f"{file}.py").expanduser().resolve(), name[1:]
+
 def _run_file(path)->tuple: # names that it registers
     "Run a file of mechanisms, once for each content."
     if not path.is_file():
