@@ -7,16 +7,17 @@ __all__ = ['MODELS', 'ModelSpec', 'resolve_device', 'resolve_model', 'cache_fold
            'check_memory', 'estimate_memory', 'free_memory', 'trainable_parameters', 'load_model',
            'convert_to_safetensors']
 
-# %% ../../nbs/rooms/models/index.ipynb #f744d160
+# %% ../../nbs/rooms/models/index.ipynb #2f6cf409
 from .names import MODELS, ModelSpec, resolve_device, resolve_model
 from .folder import cache_folder
 from .find import model_config
-from .memory import MemoryEstimate, check_memory, estimate_memory, free_memory
+from .memory import MemoryEstimate, estimate_memory
+from .free import check_memory, free_memory
 from .lora import trainable_parameters
 from .load import load_model
 from .pickles import convert_to_safetensors
 
-# %% ../../nbs/rooms/models/index.ipynb #62af08e6
+# %% ../../nbs/rooms/models/index.ipynb #32ba58dc
 _all_ = [
     "MODELS", "ModelSpec", "resolve_device", "resolve_model", "cache_folder", "model_config",
     "MemoryEstimate", "check_memory", "estimate_memory", "free_memory", "trainable_parameters",
