@@ -12,7 +12,7 @@ from ..lab.devices import choose_device, memory_needed, with_dtype
 from ..lab.choose import choose_recipe, parameters
 from ..lab.places import choose_folder, shown
 from ..models.load import load_model
-from ..models.memory import check_memory
+from ..models.free import check_memory
 from ..run.config import Runtime
 from ..run.progress import progress_callbacks
 from ..show.run import release_summary
