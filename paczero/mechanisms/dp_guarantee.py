@@ -49,7 +49,7 @@ class DPGuarantee(Guarantee):
     def not_covered(self)->tuple:
         return _NOT_COVERED if self.covered else super().not_covered
 
-# %% ../../nbs/rooms/mechanisms/dp_guarantee.ipynb #e206afa2
+# %% ../../nbs/rooms/mechanisms/dp_guarantee.ipynb #29a26fce
 @patch
 def statement(self:DPGuarantee)->str:
     "One paragraph: what this says."
@@ -57,9 +57,9 @@ def statement(self:DPGuarantee)->str:
         return Guarantee.statement(self)
     return ("The released transcript, and the weights computed from it, are "
             f"**({number_text(self.epsilon)}, {number_text(self.delta)})-differentially private** for adding or "
-            "removing any one example, whatever the other examples of the pool are: no outcome is more than e^ε times likelier "
-            "with the example than without it, up to δ. Whoever wants to know whether an example was in the pool, and "
-            "held it for as likely as not, is right with probability at most "
+            "removing any one example, whatever the other examples of the pool are: no outcome is more than e^ε times "
+            "likelier with the example than without it, up to δ. Whoever wants to know whether an example was in the "
+            "pool, and held it for as likely as not, is right with probability at most "
             f"**{rounded_up(self.posterior_bound)}**, (e^ε + δ)/(1 + e^ε). δ bounds the chance of outcomes that tell "
             "more than ε does.")
 

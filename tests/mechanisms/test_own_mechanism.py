@@ -1,4 +1,4 @@
-"""One file is a mechanism: written by somebody else, it runs by name, has its own parameters, and its look in figures."""
+"""One file is a mechanism: somebody else's runs by name, has its own parameters, and its look in figures."""
 import json
 import subprocess
 from dataclasses import FrozenInstanceError
