@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pool_share', 'device_kind', 'measured', 'probe', 'Speeds', 'cost', 'cost_text']
 
-# %% ../../nbs/rooms/lab/cost.ipynb #ca79b34e
+# %% ../../nbs/rooms/lab/cost.ipynb #e3305fa2
 import math
 import os
 import platform
@@ -15,7 +15,7 @@ from .devices import choose_device, gpus, memory_needed, with_dtype
 from .places import find_data, set_folder
 from .recipe import Recipe
 from .start import recipe_network
-from ..models.memory import check_memory, free_memory
+from ..models.free import check_memory, free_memory
 from ..objectives.make import make_objective
 from ..run.progress import clock
 from ..run.runs import open_runs
@@ -172,9 +172,9 @@ def _total(todo, workers, rest):
     out += "" if workers == 1 else ", if the cores are enough for them"
     return out + ("; start, evaluations and figures not included: not measured yet" if math.isnan(rest) else "")
 
-# %% ../../nbs/rooms/lab/cost.ipynb #908a70db
+# %% ../../nbs/rooms/lab/cost.ipynb #85bd20bd
 def _crowded(memory, workers, device)->str:
-    "A warning where the largest cells do not fit beside each other on one device; empty where they do, or nobody knows."
+    "A warning where the largest cells do not fit beside each other; empty where they do, or nobody knows."
     beside = -(-min(workers, len(memory)) // (max(1, len(gpus())) if device.startswith("cuda") else 1))
     need, free = memory.nlargest(beside).sum(), free_memory(device)
     if beside < 2 or free is None or need <= free:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_notebook', 'job', 'record_failure', 'refusal', 'run_cell']
 
-# %% ../../nbs/rooms/lab/job.ipynb #17e420c6
+# %% ../../nbs/rooms/lab/job.ipynb #05bfe26d
 import json
 import os
 import subprocess
@@ -23,7 +23,7 @@ from .devices import choose_device, memory_needed, with_dtype
 from .kernel import plain
 from .miniature import MINIATURE
 from .places import find_data, results_folder
-from ..models.memory import check_memory
+from ..models.free import check_memory
 from ..run.runs import find_run, state
 from ..transcript import TranscriptError
 
@@ -123,7 +123,7 @@ def _settled(j, folder):
         return dict(run_id=j["run_id"], outcome="busy", why="another process is working in this folder", seconds=0.)
     return refusal(j, folder)
 
-# %% ../../nbs/rooms/lab/job.ipynb #676406dd
+# %% ../../nbs/rooms/lab/job.ipynb #322807df
 def _start(j):
     "The cell's process, with its job."
     here = str(Path(paczero.__file__).resolve().parent.parent)
@@ -135,6 +135,7 @@ def _start(j):
     p.stdin.flush()
     return p
 
+# %% ../../nbs/rooms/lab/job.ipynb #e7d2d6f9
 def _communicate(p, stop):
     "Wait for the cell's process: its output, or None where it was stopped."
     read = ThreadPoolExecutor(2)
@@ -152,7 +153,7 @@ def _communicate(p, stop):
             p.wait(20)
         read.shutdown()
 
-# %% ../../nbs/rooms/lab/job.ipynb #871b17b0
+# %% ../../nbs/rooms/lab/job.ipynb #388475ab
 def _outcome(folder, code, out, err):
     "What became of a process that ended."
     try:
@@ -169,7 +170,7 @@ def _outcome(folder, code, out, err):
     (folder/"failed.json").unlink(missing_ok=True)
     return dict(run_id=folder.name, outcome="finished", why="")
 
-# %% ../../nbs/rooms/lab/job.ipynb #d631e2c6
+# %% ../../nbs/rooms/lab/job.ipynb #13d7dbe9
 def _seconds(folder):
     "What earlier starts of a cell took; nothing where that cannot be read."
     try:
@@ -177,6 +178,7 @@ def _seconds(folder):
     except TranscriptError:
         return 0.
 
+# %% ../../nbs/rooms/lab/job.ipynb #82c07739
 def _in_process(j, folder, stop, start):
     "Run the cell in a process of its own."
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +194,7 @@ def _in_process(j, folder, stop, start):
         return dict(run_id=j["run_id"], outcome="stopped", why="stopped; goes on where it was")
     return _outcome(folder, p.returncode, out, err)
 
-# %% ../../nbs/rooms/lab/job.ipynb #8ccaeb36
+# %% ../../nbs/rooms/lab/job.ipynb #df610c7c
 def run_cell(
     j:dict, # from `job`
     stop=None, # threading.Event: set it to end the cell early; None: it runs to its end
