@@ -6,15 +6,17 @@
 __all__ = ['ASSETS', 'Example', 'Task', 'accuracy', 'exact_match', 'normalize_answer', 'score', 'squad_f1', 'TASKS', 'TaskSpec',
            'register_task', 'resolve_task', 'hub_reachable', 'read_table', 'eval_rows', 'load_task', 'split_rows']
 
-# %% ../../nbs/rooms/tasks/index.ipynb #559a1b9f
+# %% ../../nbs/rooms/tasks/index.ipynb #0324b9f7
 from .embedded import ASSETS
 from .task import Example, Task
 from .metrics import accuracy, exact_match, normalize_answer, score, squad_f1
 from .spec import TASKS, TaskSpec, register_task, resolve_task
-from .rows import hub_reachable, read_table
-from .load import eval_rows, load_task, split_rows
+from .tables import read_table
+from .rows import hub_reachable
+from .split import eval_rows, split_rows
+from .load import load_task
 
-# %% ../../nbs/rooms/tasks/index.ipynb #fb576cbf
+# %% ../../nbs/rooms/tasks/index.ipynb #3f80cbe8
 _all_ = [
     "ASSETS", "Example", "Task", "accuracy", "exact_match", "normalize_answer", "score", "squad_f1",
     "TASKS", "TaskSpec", "register_task", "resolve_task", "hub_reachable", "read_table",

@@ -5,89 +5,88 @@
 # %% auto #0
 __all__ = ['ASSETS', 'tiny_opt_path', 'reviews', 'normal_form', 'facts', 'attribution']
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #4a99c5cd
-import paczero
-import csv, hashlib, re
+# %% ../../nbs/rooms/tasks/embedded.ipynb #6c2a588f
+import csv
+import hashlib
+import re
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
+import paczero
 from ..check import among, integer
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #203ead2a
-ASSETS = Path(paczero.__file__).resolve().parent/'assets'
+# %% ../../nbs/rooms/tasks/embedded.ipynb #1d5a461a
+ASSETS = Path(paczero.__file__).resolve().parent/"assets"
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #119288db
-def tiny_opt_path() -> Path: # folder in Hugging Face format: config, weights (safetensors), tokenizer
+def tiny_opt_path()->Path: # folder in Hugging Face format: config, weights (safetensors), tokenizer
     "The folder of the embedded `tiny-opt` model; raises `FileNotFoundError` where the installation lost it."
-    path = ASSETS/'tiny-opt'
-    for name in ('config.json', 'model.safetensors', 'tokenizer.json'):
+    path = ASSETS/"tiny-opt"
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (path/name).is_file():
-            raise FileNotFoundError(f'{path/name} is missing: the installation is incomplete; '
-                                    'reinstall paczero (its package data hold the embedded model)')
+            raise FileNotFoundError(f"{path/name} is missing: the installation is incomplete; "
+                                    "reinstall paczero (its package data hold the embedded model)")
     return path
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #0f2e46b0
-_PARTS = ('train', 'test')
+# %% ../../nbs/rooms/tasks/embedded.ipynb #eacce0b9
+_PARTS = ("train", "test")
 
-_check_part = lambda part: among('part', part, _PARTS)
-
-# %% ../../nbs/rooms/tasks/embedded.ipynb #7ec88d7e
 @lru_cache(maxsize=None)
 def _read_reviews(part):
     "Rows of one part as a tuple, read once."
-    path = ASSETS/'reviews'/f'{part}.csv'
+    path = ASSETS/"reviews"/f"{part}.csv"
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing: the installation is incomplete; reinstall paczero')
-    with path.open(encoding='utf-8', newline='') as f: rows = tuple(csv.DictReader(f))
-    if not rows: raise ValueError(f'{path} is empty; reinstall paczero')
+        raise FileNotFoundError(f"{path} is missing: the installation is incomplete; reinstall paczero")
+    with path.open(encoding="utf-8", newline="") as f:
+        rows = tuple(csv.DictReader(f))
+    if not rows:
+        raise ValueError(f"{path} is empty; reinstall paczero")
     return rows
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #682a300b
 def reviews(
-    part:str='train', # "train" (2000 sentences: pool and development set) or "test" (1000 sentences)
-) -> list: # of dicts: text, label (1 great, 0 terrible), rating (mean human rating, -4 to 4), uid
+    part:str="train", # "train" (2000 sentences: pool and development set) or "test" (1000 sentences)
+)->list: # of dicts: text, label (1 great, 0 terrible), rating (mean human rating, -4 to 4), uid
     "Film-review sentences with the sign of their mean human rating; balanced, always in the same order."
-    _check_part(part)
-    return [dict(text=r['text'], label=int(r['label']), rating=float(r['rating']), uid=r['uid'])
-            for r in _read_reviews(part)]
+    return [dict(text=r["text"], label=int(r["label"]), rating=float(r["rating"]), uid=r["uid"])
+            for r in _read_reviews(among("part", part, _PARTS))]
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #e56f1f44
+# %% ../../nbs/rooms/tasks/embedded.ipynb #c68f62d1
 def normal_form(
     text:str, # any text
-) -> str: # lower case, letters and digits only
+)->str: # lower case, letters and digits only
     "What two texts share when they differ in case, spaces and punctuation alone."
-    return re.sub(r'[\W_]+', '', text.lower())
+    return re.sub(r"[\W_]+", "", text.lower())
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #17a17bdd
-_NAMES = ('Adam Alice Anna Arthur Ben Bruno Carl Clara Daniel David Diana Edith Elena Emma Eric Felix Frank George '
-          'Grace Hanna Henry Hugo Ida Irene Jack James Jane Julia Karl Kate Laura Leo Louis Lucy Mark Martha Max Mia '
-          'Nina Nora Oliver Oscar Paul Peter Rosa Ruth Sam Sarah Simon Sofia Theo Thomas Tina Victor Vera '
-          'Walter').split()
-_PLACES = ('Athens Berlin Bonn Boston Cairo Chicago Dallas Delhi Denver Dublin Geneva Havana Houston Kyoto Lima Lisbon '
-           'London Lyon Madrid Miami Milan Moscow Munich Naples Nice Osaka Oslo Oxford Paris Prague Rome Seoul Sydney '
-           'Tokyo Turin Venice Vienna Warsaw York Zurich').split()
-_JOBS = ('actor artist baker barber builder butcher chemist clerk cook dancer dentist doctor driver farmer gardener '
-         'guard judge lawyer miner nurse painter pilot plumber poet sailor singer soldier tailor teacher '
-         'writer').split()
-_ANIMALS = 'birds cats cows dogs ducks goats horses pigs rabbits sheep'.split()
-_COUNTS = ('two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty fifty').split()
+# %% ../../nbs/rooms/tasks/embedded.ipynb #eb174bd6
+_NAMES = ("Adam Alice Anna Arthur Ben Bruno Carl Clara Daniel David Diana Edith Elena Emma Eric Felix Frank George "
+          "Grace Hanna Henry Hugo Ida Irene Jack James Jane Julia Karl Kate Laura Leo Louis Lucy Mark Martha Max Mia "
+          "Nina Nora Oliver Oscar Paul Peter Rosa Ruth Sam Sarah Simon Sofia Theo Thomas Tina Victor Vera "
+          "Walter").split()
+_PLACES = ("Athens Berlin Bonn Boston Cairo Chicago Dallas Delhi Denver Dublin Geneva Havana Houston Kyoto Lima Lisbon "
+           "London Lyon Madrid Miami Milan Moscow Munich Naples Nice Osaka Oslo Oxford Paris Prague Rome Seoul Sydney "
+           "Tokyo Turin Venice Vienna Warsaw York Zurich").split()
+_JOBS = ("actor artist baker barber builder butcher chemist clerk cook dancer dentist doctor driver farmer gardener "
+         "guard judge lawyer miner nurse painter pilot plumber poet sailor singer soldier tailor teacher "
+         "writer").split()
+_ANIMALS = "birds cats cows dogs ducks goats horses pigs rabbits sheep".split()
+_COUNTS = "two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty fifty".split()
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #535d0447
+# %% ../../nbs/rooms/tasks/embedded.ipynb #05985a89
 def _one_fact(rng):
     "One passage about two people, a question that one of its four sentences answers."
     pick = lambda words, k=2: [words[i] for i in rng.permutation(len(words))[:k]]
     names, places, jobs, counts, (animal,) = pick(_NAMES), pick(_PLACES), pick(_JOBS), pick(_COUNTS), pick(_ANIMALS, 1)
-    kinds = [('{} lives in {}.', 'Where does {} live?', places),
-             ('{} works as a {}.', 'What does {} work as?', jobs),
-             ('{} keeps {} ' + animal + '.', 'How many ' + animal + ' does {} keep?', counts)]
+    kinds = [("{} lives in {}.", "Where does {} live?", places),
+             ("{} works as a {}.", "What does {} work as?", jobs),
+             ("{} keeps {} " + animal + ".", "How many " + animal + " does {} keep?", counts)]
     kinds = [kinds[i] for i in rng.permutation(3)[:2]]
     said = [kind[0].format(names[who], kind[2][who]) for kind in kinds for who in (0, 1)]
     kind, who = kinds[rng.randint(2)], rng.randint(2)
-    context = ' '.join(said[i] for i in rng.permutation(4))
-    return dict(title=f'{names[0]} and {names[1]}', context=context.replace(' a actor', ' an actor').replace(
-        ' a artist', ' an artist'), question=kind[1].format(names[who]), answers=[kind[2][who]])
+    context = " ".join(said[i] for i in rng.permutation(4))
+    context = context.replace(" a actor", " an actor").replace(" a artist", " an artist")
+    return dict(title=f"{names[0]} and {names[1]}", context=context, question=kind[1].format(names[who]),
+                answers=[kind[2][who]])
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #d5d1c9e8
+# %% ../../nbs/rooms/tasks/embedded.ipynb #3151b7b9
 _SHARES = dict(pretrain=range(0, 8), train=range(8, 12), test=range(12, 16))   # by the first hex digit of the hash
 
 def _facts(part, n, seed):
@@ -96,28 +95,23 @@ def _facts(part, n, seed):
     while len(rows) < n:
         row = _one_fact(rng)
         digest = hashlib.sha256(f"{row['context']}|{row['question']}".encode()).hexdigest()
-        if int(digest[0], 16) not in _SHARES[part] or digest in seen: continue
-        seen.add(digest)
-        rows.append(dict(id=digest[:16], **row))
+        if int(digest[0], 16) in _SHARES[part] and digest not in seen:
+            seen.add(digest)
+            rows.append(dict(id=digest[:16], **row))
     return rows
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #6d25ffa0
 def facts(
-    part:str='train', # "train" (pool and development set) or "test"; disjoint whatever the seeds
+    part:str="train", # "train" (pool and development set) or "test"; disjoint whatever the seeds
     n:int=None, # how many; 2000 of "train", 1000 of "test" where None
     seed:int=0, # of the private generator, 0 to 2**32 - 1
-) -> list: # of dicts: id, title, context, question, answers (a list of one), as rows of SQuAD
+)->list: # of dicts: id, title, context, question, answers (a list of one), as rows of SQuAD
     "Short made-up passages, each with a question whose answer is a span of the passage; the same for the same seed."
-    _check_part(part)
-    if n is None: n = dict(train=2000, test=1000)[part]
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ValueError(f'n must be a whole number of at least 1, got {n!r}')
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
-        raise ValueError(f'seed must be a whole number from 0 to 2**32 - 1, got {seed!r}')
-    return _facts(part, int(n), int(seed))
+    among("part", part, _PARTS)
+    n = dict(train=2000, test=1000)[part] if n is None else n
+    return _facts(part, integer("n", n, 1), integer("seed", seed, 0, 2**32 - 1))
 
-# %% ../../nbs/rooms/tasks/embedded.ipynb #263e3679
-def attribution() -> str: # plain text
+# %% ../../nbs/rooms/tasks/embedded.ipynb #0d5944eb
+def attribution()->str: # plain text
     "Where the embedded model's and tasks' data come from, and under which licences."
-    return '\n\n'.join((ASSETS/name/'README.md').read_text(encoding='utf-8').strip()
-                       for name in ('tiny-opt', 'reviews'))
+    files = (ASSETS/name/"README.md" for name in ("tiny-opt", "reviews"))
+    return "\n\n".join(f.read_text(encoding="utf-8").strip() for f in files)
