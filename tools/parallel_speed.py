@@ -1,44 +1,41 @@
-"""One process with two threads against two processes with one thread each: `python tests/parallel_speed.py [pairs]`, on a machine that does nothing else.
+"""One process with two threads against two processes with one thread each, on a machine that does nothing else.
 
-The embedded task with the whole pool of 1000, through the command that a user gives; the two kinds take turns, so that a slow minute hits both.
+    python tools/parallel_speed.py [pairs]
+
+The embedded task with the whole pool of 1000, through the command that a user gives; the two kinds take turns, so that
+a slow minute hits both.
 """
-
-import json, os, subprocess, sys, tempfile
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
 
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}
 
 
-def seconds_per_step(processes, threads, steps=12, root=None, **parameters):
-    "Mean time of a step (two passes over the pool, release, update) in a fresh run, from its metrics."
+def run(processes, threads, parameters):
+    "One run, as torchrun starts it."
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1", PYTHONPATH=path)
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "paczero.cli.torchrun"]
+    given = [x for k, v in parameters.items() for x in ("-p", k, str(v))]
+    subprocess.run([sys.executable, "-m", *launch, *given], env=env, check=True, capture_output=True, timeout=900)
+
+
+def seconds_per_step(processes, threads, steps=12, **parameters):
+    "Median time of a step (two passes over the pool, release, update) in a fresh run, from its ledger."
     with tempfile.TemporaryDirectory() as tmp:
-        env = dict(
-            os.environ,
-            OMP_NUM_THREADS=str(threads),
-            HF_HUB_OFFLINE="1",
-            PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
-        )
-        cmd = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-            "-m",
-            "paczero.parallel",
-        ]
-        for k, v in dict(
-            dict(steps=steps, eval_every=steps, n_dev=10, n_eval=10, results_dir=tmp, run_id="speed"), **parameters
-        ).items():
-            cmd += ["-p", k, str(v)]
-        subprocess.run(cmd, env=env, check=True, capture_output=True, timeout=900)
-        rows = [json.loads(l) for l in (Path(tmp) / "runs" / "speed" / "ledger.jsonl").read_text().splitlines()]
-    return pd.Series(
-        [r["diagnostics"]["seconds"] for r in rows if "diagnostics" in r][1:]
-    ).median()  # the first step warms up
+        small = dict(steps=steps, eval_every=steps, n_dev=10, n_eval=10, results_dir=tmp, run_id="speed")
+        run(processes, threads, small | parameters)
+        lines = (Path(tmp) / "runs" / "speed" / "ledger.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    times = [e["diagnostics"]["seconds"] for e in entries if "diagnostics" in e]
+    return pd.Series(times[1:]).median()        # the first step warms up
 
 
 def compare(pairs=3, **parameters):
@@ -46,9 +43,8 @@ def compare(pairs=3, **parameters):
     rows = []
     for _ in range(pairs):
         load = os.getloadavg()[0]
-        rows.append(
-            {name: seconds_per_step(*kind, **parameters) for name, kind in KINDS.items()} | {"load before": load}
-        )
+        row = {name: seconds_per_step(*kind, **parameters) for name, kind in KINDS.items()}
+        rows.append(row | {"load before": load})
     return pd.DataFrame(rows)
 
 
