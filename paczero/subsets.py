@@ -9,6 +9,7 @@ __all__ = ['SubsetDesign', 'unanimity_forecast']
 import functools, hashlib, math
 from dataclasses import dataclass
 import numpy as np
+from fastcore.basics import patch
 from .check import finite, integer, nearest
 
 # %% ../nbs/rooms/subsets.ipynb #336ee819
@@ -69,7 +70,21 @@ def _refuse_empty(sizes:np.ndarray, n:int, m:int, seed:int, prior:float, kind:st
     raise ValueError(f"n = {n} is too small a pool for m = {m}: subset {which} got no example with seed = {seed}. "
                      f"n = {need} is large enough; or choose a smaller m")
 
-# %% ../nbs/rooms/subsets.ipynb #ccb3ff2e
+# %% ../nbs/rooms/subsets.ipynb #2bfa3056
+def _read_only(a:np.ndarray)->np.ndarray:
+    "The same array, which nobody can write to."
+    a.setflags(write=False)
+    return a
+
+# %% ../nbs/rooms/subsets.ipynb #5b000001
+def _checked(d)->dict: # n, m, seed, r as whole numbers
+    "What a design is made from, in range."
+    n, m, seed = integer('n', d.n, 1), integer('m', d.m, 2), integer('seed', d.seed, 0)
+    if n * m > 1 << 31:
+        raise ValueError(f"n = {n} and m = {m} are too large together: a design has n·m memberships, at most 2^31")
+    return dict(n=n, m=m, seed=seed, r=count_per_example(d.kind, m, d.r))
+
+# %% ../nbs/rooms/subsets.ipynb #5b000002
 @dataclass(frozen=True)
 class SubsetDesign:
     "M public candidate subsets of a pool of n examples; the secret is one of them."
@@ -80,61 +95,64 @@ class SubsetDesign:
     r: int = None      # for "fixed": in how many of the M subsets each example lies; else M/2
 
     def __post_init__(self):
-        n, m, seed = integer('n', self.n, 1), integer('m', self.m, 2), integer('seed', self.seed, 0)
-        if n * m > 1 << 31: raise ValueError(f"n = {n} and m = {m} are too large together: a design has n·m memberships, at "
-                                             f"most 2^31")
-        for k, v in dict(n=n, m=m, seed=seed, r=count_per_example(self.kind, m, self.r)).items():
+        for k, v in _checked(self).items():
             object.__setattr__(self, k, v)
-        _refuse_empty(self.sizes, n, m, seed, self.prior, self.kind)
-
-    @property
-    def prior(self)->float: return self.r / self.m   # P(example i is in the secret subset), the same for every i
-
+        _refuse_empty(self.sizes, self.n, self.m, self.seed, self.prior, self.kind)
     @functools.cached_property
     def membership(self)->np.ndarray: # (n, m) bool, read-only: True where example i is in subset j
-        "Who is in which subset."
         return _read_only(_membership(self.n, self.m, self.seed, self.kind, self.r))
-
     @functools.cached_property
-    def sizes(self)->np.ndarray: return _read_only(self.membership.sum(axis=0))   # (m,) examples in each subset
+    def sizes(self)->np.ndarray: # (m,) examples in each subset
+        return _read_only(self.membership.sum(axis=0))
     @functools.cached_property
-    def _weights(self)->np.ndarray: return _read_only(self.membership.astype(np.float64))      # (n, m)
+    def _weights(self)->np.ndarray: # (n, m) float64
+        return _read_only(self.membership.astype(np.float64))
+    @property
+    def prior(self)->float: # P(example i is in the secret subset), the same for every i
+        return self.r / self.m
 
-    def subset_means(self, ghat, # (n,) or (K, n): a number per example, for one or for K directions
-                     )->np.ndarray: # (m,) or (K, m) float64
-        "Mean of `ghat` over every candidate subset."
-        g = finite(ghat)
-        if g.ndim not in (1, 2) or g.shape[-1] != self.n:
-            raise ValueError(f"ghat has shape {g.shape}: expected ({self.n},) or (K, {self.n}), one number per example")
-        return (g[..., None, :] @ self._weights)[..., 0, :] / self.sizes
+# %% ../nbs/rooms/subsets.ipynb #5b000004
+@patch
+def subset_means(self:SubsetDesign,
+    ghat, # (n,) or (K, n): a number per example, for one or for K directions
+)->np.ndarray: # (m,) or (K, m) float64
+    "Mean of `ghat` over every candidate subset."
+    g = finite(ghat)
+    if g.ndim not in (1, 2) or g.shape[-1] != self.n:
+        raise ValueError(f"ghat has shape {g.shape}: expected ({self.n},) or (K, {self.n}), one number per example")
+    return (g[..., None, :] @ self._weights)[..., 0, :] / self.sizes
 
-    @functools.cached_property
-    def fingerprint(self)->str: # sha256 hex of stream name, shape and membership
-        "The same for the same membership, on every machine."
-        head = f'{_STREAM}|{self.n}x{self.m}|'.encode()
-        return hashlib.sha256(head + np.packbits(self.membership, axis=None).tobytes()).hexdigest()
+# %% ../nbs/rooms/subsets.ipynb #5b000006
+@patch(as_prop=True)
+def fingerprint(self:SubsetDesign)->str: # sha256 hex of stream name, shape and membership
+    "The same for the same membership, on every machine."
+    return _fingerprint(self)
 
-    def to_dict(self)->dict: # JSON-able
-        "The recipe and its fingerprint."
-        return dict(n=self.n, m=self.m, seed=self.seed, kind=self.kind, r=self.r, stream=_STREAM,
-                    fingerprint=self.fingerprint)
+@functools.lru_cache(maxsize=64)
+def _fingerprint(d:SubsetDesign)->str:
+    "Hashed once a design."
+    head = f'{_STREAM}|{d.n}x{d.m}|'.encode()
+    return hashlib.sha256(head + np.packbits(d.membership, axis=None).tobytes()).hexdigest()
 
-    @classmethod
-    def from_dict(cls, d:dict)->'SubsetDesign':
-        "Rebuild a design from `to_dict`; refuses a fingerprint that the recipe does not give."
-        names = ('n', 'm', 'seed', 'kind', 'r')
-        missing = [k for k in names if k not in d] if isinstance(d, dict) else list(names)
-        if missing: raise ValueError(f"not a subset design: {', '.join(missing)} missing")
-        design = cls(**{k: d[k] for k in names})
-        if d.get('fingerprint') != design.fingerprint:
-            raise ValueError(f"fingerprint = {str(d.get('fingerprint'))[:80]!r} does not belong to this recipe, "
-                             f"which gives {design.fingerprint!r}")
-        return design
+@patch
+def to_dict(self:SubsetDesign)->dict: # JSON-able
+    "The recipe and its fingerprint."
+    recipe = dict(n=self.n, m=self.m, seed=self.seed, kind=self.kind, r=self.r)
+    return recipe | dict(stream=_STREAM, fingerprint=self.fingerprint)
 
-# %% ../nbs/rooms/subsets.ipynb #2bfa3056
-def _read_only(a:np.ndarray)->np.ndarray:
-    a.setflags(write=False)
-    return a
+# %% ../nbs/rooms/subsets.ipynb #5b000007
+@patch(cls_method=True)
+def from_dict(cls:SubsetDesign, d:dict)->SubsetDesign: # d: from `to_dict`
+    "Rebuild a design; refuses a fingerprint that the recipe does not give."
+    names = ('n', 'm', 'seed', 'kind', 'r')
+    missing = [k for k in names if k not in d] if isinstance(d, dict) else list(names)
+    if missing:
+        raise ValueError(f"not a subset design: {', '.join(missing)} missing")
+    design = cls(**{k: d[k] for k in names})
+    if d.get('fingerprint') != design.fingerprint:
+        raise ValueError(f"fingerprint = {str(d.get('fingerprint'))[:80]!r} does not belong to this recipe, "
+                         f"which gives {design.fingerprint!r}")
+    return design
 
 # %% ../nbs/rooms/subsets.ipynb #995a5aa4
 def unanimity_forecast(signal,             # |mean| √n / std of the per-example differences over the pool; any shape

@@ -1,4 +1,4 @@
-"""What strangers send: values of every kind, mutated logs, and the rule that only a readable ValueError may come of it."""
+"""What strangers send: values of every kind, mutated logs, and the rule that only a readable ValueError follows."""
 import json
 import re
 

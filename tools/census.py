@@ -1,6 +1,7 @@
 """The house, counted: `python tools/census.py [room …]` prints what is over a bound; `--summary` prints the totals."""
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,8 +159,9 @@ def crowded(source):
         for block in (getattr(x, k, None) for k in ("body", "orelse", "finalbody")):
             if not isinstance(block, list):
                 continue
-            if isinstance(x, ast.stmt) and block and len(lines[block[0].lineno - 1]) > SHORT and _behind(block[0], lines):
-                yield block[0].lineno, f"a body behind its colon, in a line of {len(lines[block[0].lineno - 1])} characters"
+            width = len(lines[block[0].lineno - 1]) if isinstance(x, ast.stmt) and block else 0
+            if width > SHORT and _behind(block[0], lines):
+                yield block[0].lineno, f"a body behind its colon, in a line of {width} characters"
             for s in block:
                 if seen.get(s.lineno) is block:
                     yield s.lineno, "two statements on a line"
@@ -238,7 +240,7 @@ def source_bounds():
     files = [*modules(), *((p.relative_to(ROOT).as_posix(), p) for d in ("tests", "tools")
                            for p in sorted((ROOT / d).rglob("*.py")))]
     for name, path in files:
-        yield from style(name, path.read_text(encoding="utf-8"))
+        yield from style(name, written(path.read_text(encoding="utf-8")))
 
 
 def notebook_bounds():
@@ -277,7 +279,12 @@ def summary():
 
 def _wide(sources):
     "How many lines are over the bound."
-    return sum(len(line) > LINE for s in sources for line in s.splitlines())
+    return sum(len(line) > LINE for s in sources for line in written(s).splitlines())
+
+
+def written(source):
+    "A module's source as somebody wrote it: nbdev's own list of exported names is blanked."
+    return re.sub(r"^__all__ = \[[^\]]*\]", lambda m: "\n" * m[0].count("\n"), source, count=1, flags=re.M)
 
 
 def _functions(sources):

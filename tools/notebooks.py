@@ -2,7 +2,8 @@
 
     python tools/notebooks.py nbs/rooms/subsets.ipynb …     # run them; print how long each took, and what went wrong
 
-As `nbdev_test` does it: cells with `#| slow` or `#| eval: false` are left out, and the working folder is the notebook's.
+As `nbdev_test` does it: cells with `#| slow` or `#| eval: false` are left out, and the working folder is that of
+the notebook.
 """
 import importlib
 import json
@@ -69,7 +70,7 @@ def play(job):
     os.environ.update(job["env"], IN_TEST="1")
     os.chdir(Path(job["path"]).parent)
     pandas = importlib.import_module("pandas")
-    pandas.set_option("display.max_columns", 20)        # as in Jupyter; where there is no kernel, pandas guesses a width
+    pandas.set_option("display.max_columns", 20)        # as in Jupyter; without a kernel, pandas guesses a width
     outputs = execute(Path(job["path"]))
     Path(job["outputs"]).write_text(json.dumps(outputs, default=dict), encoding="utf-8")
 

@@ -78,5 +78,5 @@ def load_base(
     for seed in dict.fromkeys(s for s in seeds if isinstance(s, int)):
         model, tokenizer = load_model(spec, device=device, seed=seed, **kw)
         if (got := weights_digest(model)) == want: return model, tokenizer
-    raise TranscriptError(f"the base model {spec.name!r} has digest {got[:16]}…, but the run started from {want[:16]}…: "
-                          "another revision, type or adapter; pass base=")
+    raise TranscriptError(f"the base model {spec.name!r} has digest {got[:16]}…, but the run started from "
+                          f"{want[:16]}…: another revision, type or adapter; pass base=")

@@ -21,9 +21,10 @@ def _scrub(file, base):
     d = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k not in _PLACES}
     if "base_model_name_or_path" in d: d["base_model_name_or_path"] = base
     if isinstance(d.get("target_modules"), list):
-        d["target_modules"] = sorted(d["target_modules"])               # a set: its order would change from run to run
+        d["target_modules"] = sorted(d["target_modules"])       # a set: its order would change from run to run
     file.write_text(json.dumps(d, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+# %% ../../nbs/rooms/publish/write.ipynb #00701aaa
 def _check_model(result, tokenizer, what):
     "Refuse to write a model of another track, none, or one that was changed since the run."
     track, wanted = result.transcript.header["model"].get("track"), {"weights": "full", "adapter": "lora"}[what]
@@ -31,8 +32,8 @@ def _check_model(result, tokenizer, what):
         use = "'adapter' (or merge it yourself: model.merge_and_unload())" if wanted == "full" else "'weights'"
         raise ValueError(f"what={what!r} does not fit: the run trained {track!r}; use what={use}")
     if result.model is None or tokenizer is None:
-        raise ValueError(f"what={what!r} needs the fine-tuned model and its tokenizer: load_result(folder, model=base), "
-                         "or what='transcript'")
+        raise ValueError(f"what={what!r} needs the fine-tuned model and its tokenizer: "
+                         "load_result(folder, model=base), or what='transcript'")
     if weights_digest(result.model) != result.transcript.end["weights"]:
         raise ValueError("the model is no longer the one that this run ended with (it was changed since): "
                          "load_result(folder, model=base) rebuilds it")

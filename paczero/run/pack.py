@@ -195,6 +195,7 @@ def _write(folder, runs):
         whole = whole[["run", *(c for c in whole if c != "run")]].astype({"run": "category"})
         _put_table(pa.Table.from_pandas(whole, preserve_index=False), folder/f"{kind}.parquet")
 
+# %% ../../nbs/rooms/run/pack.ipynb #01001aaa
 def _check_same(old, new, name):
     "Refuse where a run in a pack is not, part by part, the run that it was."
     from pandas.testing import assert_frame_equal
@@ -267,6 +268,7 @@ def _remove(run, home, drop):
         if home not in d.parents: break
         if d.is_dir() and not any(d.iterdir()): d.rmdir()
 
+# %% ../../nbs/rooms/run/pack.ipynb #01401aaa
 def pack_runs(
     home, # a folder of results
     drop=(), # patterns of files that are kept nowhere and may be deleted, e.g. "ledger.jsonl", "figures/*.svg"

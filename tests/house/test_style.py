@@ -13,7 +13,8 @@ def say(found):
 
 
 def test_ruff():
-    done = subprocess.run([BIN / "ruff", "check", "--no-cache", "--output-format", "concise", "paczero", "nbs", "tests", "tools"],
+    command = [BIN / "ruff", "check", "--no-cache", "--output-format", "concise", "paczero", "nbs", "tests", "tools"]
+    done = subprocess.run(command,
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -40,7 +41,8 @@ BAD = {
     "x" * 121: "121 characters",
     "a = 1; b = 2": "two statements on a line",
     "def f():\n" + "    pass\n" * 25: "f has 26 lines",
-    "if a_condition_of_some_length_that_holds: " + "a_function_with_a_long_name(" + "1, " * 12 + ")": "behind its colon",
+    "if a_condition_of_some_length_that_holds: " + "a_function_with_a_long_name(" + "1, " * 12 + ")":
+        "behind its colon",
 }
 
 

@@ -37,7 +37,8 @@ def go(mechanism=None, folder=None, m=M, steps=STEPS, callbacks=(), test=False):
     config = FineTuneConfig(steps=steps, lr=1e-3, m=m, eval_every=2, seed=3)
     mechanism = mechanism or MIBudget(budget=1.0, steps=steps)
     runtime = Runtime(test=test)
-    return finetune(*load_model("tiny-opt"), TASK, mechanism, config, folder=folder, callbacks=callbacks, runtime=runtime)
+    model, tokenizer = load_model("tiny-opt")
+    return finetune(model, tokenizer, TASK, mechanism, config, folder=folder, callbacks=callbacks, runtime=runtime)
 
 
 # ---------------------------------------------------------------- twins
@@ -168,7 +169,7 @@ def test_twins(pair, monkeypatch, capfd, recwarn, tmp_path):
     assert not differ
     for k in ("file transcript.jsonl", "file diagnostics.parquet", "error noise", "error disk"):
         assert one[k]
-    assert "Secret(hidden)" in one["error noise"]                         # the locals of the frame that held it were shown
+    assert "Secret(hidden)" in one["error noise"]               # the locals of the frame that held it were shown
     for k in ("secret.pickle", "secret.copy", "secret.deepcopy", "mechanism.pickle", "mechanism.deepcopy"):
         assert "refuses" in one[k]
 
@@ -241,7 +242,7 @@ def watcher(state, seen):
 
 @pytest.fixture
 def needle(capfd, tmp_path, state):
-    "A finished run whose secret is a number long enough not to occur by chance: (result, mechanism, folder, number, files)."
+    "A run whose secret is a number too long to occur by chance: (result, mechanism, folder, number, files)."
     for attempt in range(50):
         mechanism, seen, folder = MIBudget(budget=0.5, steps=4), [], tmp_path / f"run{attempt}"
         result = go(mechanism, folder, m=65536, steps=4, callbacks=[watcher(state, seen)])

@@ -1,4 +1,4 @@
-"""smollm2-135m: found, converted once, cached. A small GGUF is made here, so that no wheel is needed to test the path."""
+"""smollm2-135m: found, converted once, cached. A small GGUF is made here, so that no wheel is needed to test it."""
 import errno
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Models from strangers: no code of theirs is executed, no file of theirs is changed, and the error says what is wrong."""
+"""Models from strangers: no code of theirs runs, no file of theirs is changed, and the error says what is wrong."""
 import json
 import pickle
 import shutil

@@ -1,4 +1,4 @@
-"""What two processes of one run do, played one scene after the other: `scenes.py RANK FOLDER`, in an environment of torchrun.
+"""What two processes of one run do, one scene after the other: `scenes.py RANK FOLDER`, in torchrun's environment.
 
 A scene that left a rank hanging would fail the next. Each rank writes down what it saw, in FOLDER/RANK.json.
 """

@@ -92,7 +92,7 @@ def test_the_losses_are_those_of_one_process(seen):
 
 
 def test_the_secret_stays_on_rank_0(seen):
-    "Rank 1 never binds a mechanism; and with a secret that the releases cannot tell apart, every byte said is the same."
+    "Rank 1 never binds a mechanism; with a secret that the releases cannot tell, every byte said is the same."
     root, zero, one = seen
     assert zero["mi"]["secret"] and not any(s["secret"] or s["bound"] for s in one.values())
     assert zero["twins"][0] != zero["twins"][1]
