@@ -8,7 +8,7 @@ __all__ = ['Field', 'check_field']
 # %% ../../nbs/rooms/mechanisms/fields.ipynb #2d64744f
 from dataclasses import dataclass
 from typing import Callable
-from ..check import among, is_number, require
+from ..check import among, require
 
 # %% ../../nbs/rooms/mechanisms/fields.ipynb #9cfe7182
 @dataclass(frozen=True, kw_only=True)

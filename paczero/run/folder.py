@@ -10,8 +10,7 @@ import hashlib, json, os
 from pathlib import Path
 from fastcore.basics import patch
 from ..check import read_json_object, write_atomically
-from .ledger import check_ledger, evaluations_frame, history_frame, released
-from .runs import state, steps_done
+from .ledger import check_ledger, released
 from ..transcript import canonical, ChainedLog, lock_folder, TranscriptError
 
 # %% ../../nbs/rooms/run/folder.ipynb #199c39fe

@@ -9,6 +9,7 @@ __all__ = ['NUMBERS', 'cell_registry', 'select', 'find_results']
 import math
 from functools import lru_cache
 from pathlib import Path
+from ..mechanisms import MECHANISMS
 from ..check import nearest
 from ..information import posterior_bound
 from ..tasks.embedded import ASSETS
@@ -19,7 +20,7 @@ NUMBERS = ("mi", "dp_epsilon", "dp_delta", "sample_rate", "k", "lora_r", "lr", "
 
 def _posterior(r):
     "Largest success of a membership attack at prior 1/2 that the cell's plan allows; NaN where nothing is promised."
-    if r.mechanism == "nonprivate": return math.nan
+    if not MECHANISMS[r.mechanism].private: return math.nan
     if r.dp_epsilon != r.dp_epsilon: return posterior_bound(r.mi)
     return (math.exp(r.dp_epsilon) + r.dp_delta) / (1 + math.exp(r.dp_epsilon))
 

@@ -8,7 +8,7 @@ __all__ = ['KNOWN', 'SETS', 'SAME', 'RAN', 'measured', 'recipe_of', 'results']
 # %% ../../nbs/rooms/show/runs.ipynb #9a7fe7a1
 import math
 import paczero
-from pathlib import Path
+from ..mechanisms import MECHANISMS
 from ..run.runs import find_run, open_runs
 from .registry import cell_registry, find_results, select
 from ..transcript import TranscriptError
@@ -120,7 +120,7 @@ def _paper_only(row, recipe, spec):
     for ours, theirs in (("signal", row.ablation or None), ("budget", row.mi)):
         if spec.get(ours) is not None and spec[ours] != theirs:
             yield ours, spec[ours], theirs
-    for k in SAME if row.mechanism in ("zpl", "mi", "nonprivate") else ():
+    for k in () if MECHANISMS[row.mechanism].dp else SAME:
         if k in recipe and recipe[k] != none(getattr(row, k)):
             yield k, recipe[k], none(getattr(row, k))
 

@@ -7,7 +7,7 @@ __all__ = ['BEFORE', 'colour', 'marker', 'method_label', 'style', 'save_figure',
 
 # %% ../../nbs/rooms/show/style.ipynb #00000002
 from pathlib import Path
-from ..mechanisms import MECHANISMS, look
+from ..mechanisms import look
 
 # %% ../../nbs/rooms/show/style.ipynb #00000005
 BEFORE = "#8C8C8C" # the model as it was, before fine-tuning

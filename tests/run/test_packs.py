@@ -206,7 +206,7 @@ def test_changed_bits_are_found(home):
         for n, data in (members | {"runs/zpl/transcript.jsonl": flipped}).items():
             z.writestr(n, data)
     with pytest.raises(TranscriptError, match="its link does not match"):
-        find_run(home / "runs" / "zpl").transcript
+        assert find_run(home / "runs" / "zpl").transcript
 
 
 # ---------------------------------------------------------------- the packs of this repository
