@@ -68,9 +68,9 @@ def _group(by, key, g)->dict:
     ran = {f"ran_{k}": done[f"ran_{k}"].iloc[0] if len(done) else math.nan for k in RAN}
     mixed = [k for k in RAN if done[f"ran_{k}"].nunique(dropna=False) > 1]
     told = reported_for(first) or {}
-    measured = dict(n=len(done), mean=done.score.mean(), std=done.score.std(ddof=1), before=done.before.mean(),
-                    standard_error=done.standard_error.mean(), unanimity=done.unanimity.mean(),
-                    mi_spent=done.mi_spent.max(), posterior=first.posterior)
+    measured = dict(n=len(done), mean=done.score.mean(), std=done.score.std(ddof=1),
+                    standard_error=done.standard_error.mean(), before=done.before.mean(),
+                    unanimity=done.unanimity.mean(), mi_spent=done.mi_spent.max(), posterior=first.posterior)
     names = {f"ran_{k}": " ".join(done[f"ran_{k}"].unique()) for k in ("model", "task")}
     reported = dict(reported=told.get("mean", math.nan), reported_std=told.get("std", math.nan),
                     source=told.get("source", ""))
