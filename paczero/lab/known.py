@@ -7,7 +7,7 @@ __all__ = ['TINY', 'SMOLLM2', 'RAW', 'TINY_RAW_LR', 'SMOLLM2_LR', 'HEADLINE', 'r
 
 # %% ../../nbs/rooms/lab/known.ipynb #f20a6972
 from fastcore.basics import patch
-from .cells import cell, cell_table
+from .cells import cell, cell_rows
 from .recipe import flat_names, plain, Recipe
 from ..mechanisms.registry import declared, MECHANISMS, registered
 
@@ -36,7 +36,7 @@ def _candidates(lender, mechanism)->list: # of Recipe
     "The lender's cells of the mechanism's family: those of one differentially private mechanism, or all the others."
     dp = mechanism is not None and registered(mechanism).dp
     family = [mechanism] if dp else [n for n, c in MECHANISMS.items() if not c.dp]
-    known = (cell(i) for i in cell_table().run_id)
+    known = (cell(i) for i in cell_rows())
     return [r for r in known if r.model == lender and r.mechanism in family and (r.k == 1 or dp)]
 
 # %% ../../nbs/rooms/lab/known.ipynb #acb2ba9a
