@@ -33,6 +33,7 @@ class Run:
     log: str
     outputs: dict       # cell's number -> outputs as the notebook's JSON has them; cells that were left out are missing
     seconds: float
+    cpu: float          # of them, on a core: what it would take on a quiet machine
 
 
 def execute(path, skip=("slow",)):
@@ -76,25 +77,24 @@ def play(job):
 
 
 def fork(job):
-    "Play a job in a child of this process; its exit status, or None where its time was up."
+    "Play a job in a child of this process: (its exit status, or None where its time was up; its seconds on a core)."
     pid = os.fork()
     if not pid:
         _child(job)
-    reader = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
-    end, status = time.monotonic() + job["timeout"], None
-    while time.monotonic() < end and status is None:
-        if reader is not None:
-            select.select([reader], [], [], max(0, end - time.monotonic()))
-        else:
+    end, done = time.monotonic() + job["timeout"], 0
+    watch = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+    while not done and time.monotonic() < end:
+        if watch is None:
             time.sleep(0.02)
-        done, code = os.waitpid(pid, os.WNOHANG)
-        status = os.waitstatus_to_exitcode(code) if done else None
-    if reader is not None:
-        os.close(reader)
+        else:
+            select.select([watch], [], [], max(0, end - time.monotonic()))
+        done, code, used = os.wait4(pid, os.WNOHANG)
+    if watch is not None:
+        os.close(watch)
     _end_group(pid)
-    if status is None:
-        os.waitpid(pid, 0)
-    return status
+    if not done:
+        _, _, used = os.wait4(pid, 0)
+    return os.waitstatus_to_exitcode(code) if done else None, used.ru_utime + used.ru_stime
 
 
 def _child(job):
@@ -146,14 +146,14 @@ class Server:
             job = dict(files, path=str(Path(path).resolve()), timeout=timeout,
                        env=dict(PACZERO_STATE_DIR=f"{tmp}/state", **env))
             start = time.monotonic()
-            status = self._ask(job)
+            status, cpu = self._ask(job)
             log = Path(files["log"]).read_text(errors="replace") if Path(files["log"]).exists() else ""
             log += f"\n{path}: not done after {timeout} s" if status is None else ""
             made = json.loads(Path(files["outputs"]).read_text(encoding="utf-8")) if status == 0 else {}
-        return Run(status == 0, log, {int(i): o for i, o in made.items()}, time.monotonic() - start)
+        return Run(status == 0, log, {int(i): o for i, o in made.items()}, time.monotonic() - start, cpu)
 
     def _ask(self, job):
-        "The exit status of a job; None where it ran out of time."
+        "The exit status of a job, None where it ran out of time; and its seconds on a core."
         if not hasattr(os, "fork"):
             return _alone(job)
         if self.process is None:
@@ -178,9 +178,9 @@ def _alone(job):
     "A job in a fresh process, where there is no fork."
     try:
         return subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], timeout=job["timeout"],
-                              env={**os.environ, **ENVIRONMENT}).returncode
+                              env={**os.environ, **ENVIRONMENT}).returncode, float("nan")
     except subprocess.TimeoutExpired:
-        return None
+        return None, float("nan")
 
 
 def main(paths):
@@ -189,7 +189,7 @@ def main(paths):
     for path in paths:
         run = server.run(path)
         failed += not run.ok
-        print(f"{run.seconds:6.1f} s  {'ok    ' if run.ok else 'FAILED'} {path}", flush=True)
+        print(f"{run.seconds:6.1f} s, {run.cpu:5.1f} on a core  {'ok    ' if run.ok else 'FAILED'} {path}", flush=True)
         if not run.ok:
             print(run.log)
     server.close()
