@@ -1,14 +1,16 @@
 """Every notebook's own cells run, and the text that is committed with them is what they make now."""
+import json
+
 import pytest
 
 from census import notebooks
 from common import ROOT
 from notebooks import Server
-from outputs import MACHINE, compare
+from outputs import MACHINE, compare, texts
 
-# Run by papermill in tests/lab/test_run_experiment.py: its outputs are a run's own. index is the README's text.
-# benchmarks and appendix measure for half an hour: what they show is dated, and belongs to the machine that they name.
-APART = ("nbs/run_experiment.ipynb", "nbs/index.ipynb", "nbs/benchmarks.ipynb", "nbs/appendix/")
+# Run by papermill, in tests/lab/test_readmes_first_command.py; and half an hour of making the embedded model.
+# They show pictures and no text, for nothing compares it.
+APART = ("nbs/run_experiment.ipynb", "nbs/appendix/")
 NOTEBOOKS = [p.relative_to(ROOT).as_posix() for p in notebooks()]
 RUN = [p for p in NOTEBOOKS if not p.startswith(APART)]
 # More than about five seconds on a quiet core, measured; the fast selection leaves them out.
@@ -40,6 +42,12 @@ def test_notebook(path, server):
     assert not stale, f"results/paper/ was not what {path} makes of results/miniature/: commit {stale} and its figures"
     wrong = compare(ROOT / path, run.outputs)
     assert not wrong, "\n".join([*wrong, f"run: python tools/outputs.py --write {path}"])
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p not in RUN])
+def test_a_notebook_that_is_not_run_shows_no_text(path):
+    for cell in json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]:
+        assert not texts(cell.get("outputs", [])), f"run: python tools/outputs.py --clear {path}"
 
 
 def test_slow_notebooks_are_there():

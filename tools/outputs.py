@@ -2,7 +2,7 @@
 
     python tools/outputs.py --write nbs/story/one_bit.ipynb …   # run each twice and store what it showed both times
     python tools/outputs.py --check nbs/story/one_bit.ipynb …   # run each and compare; the tests do this
-    python tools/outputs.py --clear nbs/rooms/subsets.ipynb …   # drop all outputs
+    python tools/outputs.py --clear nbs/rooms/subsets.ipynb …   # drop all text, keep pictures
 
 Of a cell's text, `--write` keeps what both runs made and what shows no path of the machine: times and what hangs on a
 secret go. The second run computes with other kernels (AVX2), so that what only this processor rounds so goes as well.
@@ -25,13 +25,20 @@ REL = 2e-3          # how far a number with decimals may be from the committed o
 
 
 def text_of(output):
-    "An output's text as a reader sees it: printed text, a page without its tags, or plain text; none of an image."
+    "An output's text as a reader sees it: what was printed, or a page without its tags, or plain text; none of an image."
     if output["output_type"] == "stream":
         return "".join(output["text"])
-    shown = {k: "".join(v) for k, v in output.get("data", {}).items() if k.startswith("text/")}
+    shown = {k: "".join(v) for k, v in output.get("data", {}).items()}
+    if is_image(output):
+        return ""
     if "text/html" in shown:
         return html.unescape(re.sub(r"(?s)<(style|script).*?</\1>|<[^>]+>", " ", shown["text/html"]))
     return next((shown[k] for k in ("text/markdown", "text/latex", "text/plain") if k in shown), "")
+
+
+def is_image(output):
+    "Whether an output is a picture."
+    return any(k.startswith("image/") for k in output.get("data", {}))
 
 
 def texts(outputs):
@@ -119,8 +126,11 @@ def write(path, server):
     for i, cell in enumerate(nb["cells"]):
         if cell["cell_type"] != "code":
             continue
+        if i not in runs[0].outputs:
+            cell["outputs"] = [o for o in cell.get("outputs", []) if is_image(o)]
+            continue
         hidden = re.search(r"^#\|\s*hide\b", "".join(cell["source"]), re.M)
-        first, second = ([] if hidden else run.outputs.get(i, []) for run in runs)
+        first, second = ([] if hidden else run.outputs[i] for run in runs)
         cell["outputs"] = stored(first, second)
         dropped += [f"\n  cell {i}: {t[:100]!r}" for t in texts(first) if t not in texts(cell["outputs"])]
     save(path, nb)
@@ -134,11 +144,11 @@ def save(path, nb):
 
 
 def clear(path, server=None):
-    "Drop all outputs of a notebook."
+    "Drop all text that a notebook shows; pictures stay."
     nb = json.loads(Path(path).read_text(encoding="utf-8"))
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
-            cell["outputs"] = []
+            cell["outputs"] = [o for o in cell.get("outputs", []) if is_image(o)]
     save(path, nb)
 
 

@@ -1,4 +1,4 @@
-"""An audit in little: an honest mechanism passes, a shameless one is convicted, and the pool's attack sees what is there.
+"""An audit in little: the honest pass, the shameless are convicted, and the attack on the pool sees what is there.
 
 The rooms' own notebooks do the same over hundreds of runs, with mechanisms that cheat by less.
 """
