@@ -25,7 +25,7 @@ REL = 2e-3          # how far a number with decimals may be from the committed o
 
 
 def text_of(output):
-    "An output as a reader sees it: what was printed, a page without its tags, or plain text; none of an image."
+    "Text as a reader sees it: what was printed, or a page without its tags, or plain text; nothing for an image."
     if output["output_type"] == "stream":
         return "".join(output["text"])
     shown = {k: "".join(v) for k, v in output.get("data", {}).items()}
