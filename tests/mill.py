@@ -5,7 +5,7 @@ import subprocess
 from common import BIN, environment
 
 
-def run_papermill(args, cwd, check=True, timeout=550, **env):
+def run_papermill(args, cwd, check=True, timeout=900, **env):
     "Run papermill; what it said, and how it ended."
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run([str(BIN / "papermill"), *map(str, args)], cwd=cwd, env=environment(PATH=path, **env),
