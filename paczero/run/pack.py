@@ -10,7 +10,7 @@ __all__ = ['FORMAT', 'TEXTS', 'TABLES', 'TRANSCRIPT', 'TRANSCRIPTS', 'PACKED_FIL
 import fnmatch, io, json, os, shutil, zipfile, zlib
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
-from .record import folder_runs, Run, SIGNS
+from .record import folder_runs, Run
 from ..transcript import MAX_BYTES, TranscriptError
 
 # %% ../../nbs/rooms/run/pack.ipynb #9626b14b
@@ -196,19 +196,17 @@ def _write(folder, runs):
         _put_table(pa.Table.from_pandas(whole, preserve_index=False), folder/f"{kind}.parquet")
 
 # %% ../../nbs/rooms/run/pack.ipynb #01001aaa
+def _same(old, new, file):
+    "Whether a file of two runs is the same: byte for byte, or value for value in a table of parquet."
+    if not (old.has(file) and new.has(file)): return old.has(file) == new.has(file)
+    if not file.endswith(".parquet"): return old.read(file, MAX_BYTES) == new.read(file, MAX_BYTES)
+    a, b = old.files.table(file), new.files.table(file)
+    return a.equals(b) and a.attrs == b.attrs
+
 def _check_same(old, new, name):
     "Refuse where a run in a pack is not, part by part, the run that it was."
-    from pandas.testing import assert_frame_equal
     for file in PACKED_FILES:
-        same = old.has(file) == new.has(file)
-        if same and file.endswith(".parquet") and old.has(file):
-            a, b = old.files.table(file), new.files.table(file)
-            try: assert_frame_equal(a, b, check_exact=True)
-            except AssertionError: same = False
-            same = same and a.attrs == b.attrs
-        elif same and old.has(file):
-            same = old.read(file, MAX_BYTES) == new.read(file, MAX_BYTES)
-        if not same:
+        if not _same(old, new, file):
             raise TranscriptError(f"{name}: {file} would not come back from the pack as it is")
     if new.transcript.digest != new.metrics["transcript_digest"]:
         raise TranscriptError(f"{name}: its transcript would not be the one that its metrics name")
@@ -228,6 +226,8 @@ def write_pack(
         pack = Pack(part)
         for name, run in runs.items():
             _check_same(run, Run(part/name, pack.files(name)), name)
+        for file in part.iterdir():
+            with file.open("rb+") as f: os.fsync(f.fileno())           # before any folder goes
         if final.exists(): final.rename(old)
         part.rename(final)
     finally: shutil.rmtree(part, ignore_errors=True)
@@ -237,25 +237,35 @@ def write_pack(
 # %% ../../nbs/rooms/run/pack.ipynb #02641427
 def _others(run, drop):
     "Files in a run's folder that a pack would not keep."
+    inside = [r.path for r in folder_runs(run.path) if r.path != run.path]
     for f in sorted(p for p in run.path.rglob("*") if p.is_file() or p.is_symlink()):
         path = f.relative_to(run.path).as_posix()
-        nested = any(SIGNS & {q.name for q in d.iterdir()} for d in f.parents if run.path in d.parents)
+        nested = any(d in f.parents for d in inside)
         kept = path in (*PACKED_FILES, ".lock") or path.startswith("figures/") or nested
         if not kept and not any(fnmatch.fnmatch(path, pattern) for pattern in drop):
             yield path
 
-def _why_left(run, drop):
-    "Why a run must stay a folder; empty where it can be packed."
+# %% ../../nbs/rooms/run/pack.ipynb #7f3a9c21
+def _left_over(run, packed):
+    "Whether all that a folder has of a run is in the pack: a copy, or the rest of a folder that was being removed."
+    return packed is not None and all(_same(run, packed, f) for f in PACKED_FILES if run.has(f))
+
+def _unfit(run, packed):
+    "Why a run cannot be packed; empty where it can, or is."
+    if _left_over(run, packed): return ""
     if run.state != "finished": return run.state
-    try:
-        if run.transcript.digest != run.metrics.get("transcript_digest"):
-            return "its transcript is not the one that its metrics name"
-    except TranscriptError as e: return str(e)
+    if packed is not None: return "another run of this name is in the pack: rename this folder"
+    if run.transcript.digest != run.metrics.get("transcript_digest"):
+        return "its transcript is not the one that its metrics name"
     inside = [r for r in folder_runs(run.path) if r.path != run.path and r.state != "finished"]
-    if inside:
-        return f"{inside[0].path.relative_to(run.path).as_posix()} in it is {inside[0].state}"
-    others = list(_others(run, drop))
-    return f"a pack would not keep {', '.join(others[:5])}{' …' if len(others) > 5 else ''}" if others else ""
+    return f"{inside[0].path.relative_to(run.path).as_posix()} in it is {inside[0].state}" if inside else ""
+
+def _why_left(run, packed, drop):
+    "Why a run must stay a folder; empty where nothing of it would be lost."
+    try: why = _unfit(run, packed)
+    except (ValueError, OSError) as e: why = str(e) or type(e).__name__
+    others = [] if why else list(_others(run, drop))
+    return why or (f"a pack would not keep {', '.join(others[:5])}{' …' if len(others) > 5 else ''}" if others else "")
 
 # %% ../../nbs/rooms/run/pack.ipynb #49980d69
 def _remove(run, home, drop):
@@ -280,15 +290,9 @@ def pack_runs(
     pack = open_pack(home)
     there = pack.runs(home) if pack else {}
     found = {r.path.relative_to(home).as_posix(): r for r in folder_runs(home) if r.path != home}
-    left = {name: why for name, r in found.items() if (why := _why_left(r, drop) or _another(there.get(name), r, name))}
+    left = {name: why for name, r in found.items() if (why := _why_left(r, there.get(name), drop))}
     ready = {name: r for name, r in found.items() if name not in left}
     new = {name: r for name, r in ready.items() if name not in there}
     if new: write_pack(home, there | new)
     for r in ready.values(): _remove(r, home, drop)
     return sorted(new), left
-
-def _another(packed, run, name):
-    "Why a run cannot join a pack that has one of its name; empty where there is none, or it is the same."
-    try: return _check_same(run, packed, name) or "" if packed else ""
-    except TranscriptError:
-        return "another run of this name is in the pack: rename this folder"

@@ -114,11 +114,18 @@ def break_digest(run):
     (run / "metrics.json").write_text(json.dumps(m | dict(transcript_digest="0" * 64)))
 
 
+def save_weights(run):
+    "A model's folder in a run's has a config.json, too."
+    (run / "weights").mkdir()
+    (run / "weights" / "config.json").write_text("{}")
+
+
 CHANGES = {
     "unfinished": lambda run: (run / "metrics.json").unlink(),
     "an empty transcript": break_transcript,
     "not the one that its metrics name": break_digest,
     "notes.txt": lambda run: (run / "notes.txt").write_text("mine"),
+    "weights/config.json": save_weights,
     "no transcript.jsonl": lambda run: (run / "transcript.jsonl").unlink(),
 }
 
@@ -145,6 +152,13 @@ def test_killed_in_the_swap(home):
     (home / "pack").rename(home / "pack.old")
     pack_runs(home, DROP)
     assert len(open_runs(home)) == 2
+
+
+def test_killed_while_folders_are_removed(home, kept):
+    pack_runs(home, DROP)
+    rest = shutil.ignore_patterns("config.json", "metrics.json")
+    shutil.copytree(kept / "runs" / "zpl", home / "runs" / "zpl", ignore=rest)
+    assert pack_runs(home, DROP) == ([], {}) and not (home / "runs").exists()
 
 
 def test_accounts_miss_no_packed_run(home):
