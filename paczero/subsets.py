@@ -6,11 +6,11 @@
 __all__ = ['SubsetDesign', 'unanimity_forecast']
 
 # %% ../nbs/rooms/subsets.ipynb #675eab58
-import functools, hashlib, math
-from dataclasses import dataclass
+import copy, functools, hashlib, math
+from dataclasses import dataclass, field
 import numpy as np
 from fastcore.basics import patch
-from .check import finite, integer, nearest
+from .check import finite, integer, nearest, number
 
 # %% ../nbs/rooms/subsets.ipynb #336ee819
 _STREAM = 'paczero-subsets-v1'   # change the name if the recipe below ever changes
@@ -77,12 +77,13 @@ def _read_only(a:np.ndarray)->np.ndarray:
     return a
 
 # %% ../nbs/rooms/subsets.ipynb #5b000001
-def _checked(d)->dict: # n, m, seed, r as whole numbers
+def _checked(d)->dict: # n, m, seed, r as whole numbers; text_prior in [0, 1]
     "What a design is made from, in range."
     n, m, seed = integer('n', d.n, 1), integer('m', d.m, 2), integer('seed', d.seed, 0)
     if n * m > 1 << 31:
         raise ValueError(f"n = {n} and m = {m} are too large together: a design has n·m memberships, at most 2^31")
-    return dict(n=n, m=m, seed=seed, r=count_per_example(d.kind, m, d.r))
+    text = d.text_prior if d.text_prior is None else number('text_prior', d.text_prior, 0, 1)
+    return dict(n=n, m=m, seed=seed, r=count_per_example(d.kind, m, d.r), text_prior=text)
 
 # %% ../nbs/rooms/subsets.ipynb #5b000002
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class SubsetDesign:
     seed: int          # public seed, at least 0
     kind: str = 'half' # "half", "complementary" or "fixed"
     r: int = None      # for "fixed": in how many of the M subsets each example lies; else M/2
+    text_prior: float = field(default=None, compare=False, repr=False) # from `with_repeats`
 
     def __post_init__(self):
         for k, v in _checked(self).items():
@@ -138,7 +140,8 @@ def _fingerprint(d:SubsetDesign)->str:
 def to_dict(self:SubsetDesign)->dict: # JSON-able
     "The recipe and its fingerprint."
     recipe = dict(n=self.n, m=self.m, seed=self.seed, kind=self.kind, r=self.r)
-    return recipe | dict(stream=_STREAM, fingerprint=self.fingerprint)
+    known = {} if self.text_prior is None else dict(text_prior=self.text_prior)
+    return recipe | known | dict(stream=_STREAM, fingerprint=self.fingerprint)
 
 # %% ../nbs/rooms/subsets.ipynb #5b000007
 @patch(cls_method=True)
@@ -148,11 +151,39 @@ def from_dict(cls:SubsetDesign, d:dict)->SubsetDesign: # d: from `to_dict`
     missing = [k for k in names if k not in d] if isinstance(d, dict) else list(names)
     if missing:
         raise ValueError(f"not a subset design: {', '.join(missing)} missing")
-    design = cls(**{k: d[k] for k in names})
+    design = cls(**{k: d[k] for k in names}, text_prior=d.get('text_prior'))
     if d.get('fingerprint') != design.fingerprint:
         raise ValueError(f"fingerprint = {str(d.get('fingerprint'))[:80]!r} does not belong to this recipe, "
                          f"which gives {design.fingerprint!r}")
     return design
+
+# %% ../nbs/rooms/subsets.ipynb #5b000009
+def _share_of_groups(membership:np.ndarray, groups)->np.ndarray: # (g,) for each group, in how many subsets a copy is
+    "The share of the subsets that hold at least one of a group's examples."
+    order = np.argsort(groups, kind='stable')
+    starts = np.flatnonzero(np.r_[True, np.diff(np.asarray(groups)[order]) != 0])
+    return np.logical_or.reduceat(membership[order], starts, axis=0).mean(axis=1)
+
+@patch(as_prop=True)
+def best_guess(self:SubsetDesign)->float: # in [1/2, 1]
+    "How often whoever sees nothing is right about a text's being in the secret subset, at most."
+    return max(p if p > .5 else 1 - p for p in (self.prior, self.text_prior) if p is not None)
+
+@patch
+def with_repeats(self:SubsetDesign,
+    groups, # (n,): the same whole number for examples that are equal
+)->SubsetDesign:
+    "The same design, which knows how likely a repeated text of the pool is to be in the secret subset."
+    groups = np.asarray(groups)
+    if groups.shape != (self.n,) or groups.dtype.kind not in 'iu':
+        raise ValueError(f"groups has shape {groups.shape} and dtype {groups.dtype}: expected ({self.n},) whole "
+                         "numbers, one for each example of the pool")
+    shares, known = _share_of_groups(self.membership, groups), copy.copy(self)
+    worst = float(shares[np.argmax(np.maximum(shares, 1 - shares))])
+    object.__setattr__(known, 'text_prior', worst)
+    if known.best_guess <= max(self.prior, 1 - self.prior):
+        object.__setattr__(known, 'text_prior', None)
+    return known
 
 # %% ../nbs/rooms/subsets.ipynb #995a5aa4
 def unanimity_forecast(signal,             # |mean| √n / std of the per-example differences over the pool; any shape

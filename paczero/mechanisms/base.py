@@ -232,14 +232,21 @@ def guarantee(self:Mechanism)->Guarantee:
         raise RuntimeError(f"{self.name}: bind a SubsetDesign first: the guarantee depends on it")
     d, led = self.design, self.ledger
     facts = dict(mechanism=repr(self), private=self.private, n=d.n, m=d.m, design=d.kind, prior=d.prior,
-                 secret=_ORIGINS[self._origin], releases=led.count, mi_budget=led.budget, mi_spent=led.spent)
+                 text_prior=d.text_prior, secret=_ORIGINS[self._origin], releases=led.count,
+                 mi_budget=led.budget, mi_spent=led.spent)
     if not self.private or self.audited:
         return Guarantee(**facts, mi=None, posterior_bound=1.0, subset_bound=1.0, epsilon=None,
                          stamp=STAMP if self.audited else '')
-    best = max(d.prior, 1 - d.prior)
-    eps = epsilon_for_mi(led.budget, best)
-    return Guarantee(**facts, mi=led.budget, posterior_bound=posterior_bound(led.budget, best),
-                     subset_bound=posterior_bound(led.budget, 1 / d.m), epsilon=eps if eps < math.inf else None)
+    worst, eps = _bounds(led.budget, d.best_guess)
+    once = None if d.text_prior is None else _bounds(led.budget, max(d.prior, 1 - d.prior))[0]
+    return Guarantee(**facts, mi=led.budget, posterior_bound=worst, once_bound=once, epsilon=eps,
+                     subset_bound=posterior_bound(led.budget, 1 / d.m))
+
+# %% ../../nbs/rooms/mechanisms/base.ipynb #7a0000c1
+def _bounds(nats, best)->tuple: # best: success before, in [1/2, 1]
+    "An attacker's success on one text, and the ε that goes with it; None where it is unbounded."
+    eps = epsilon_for_mi(nats, best) if best < 1 else math.inf if nats else 0.0
+    return posterior_bound(nats, best) if best < 1 else 1.0, eps if eps < math.inf else None
 
 # %% ../../nbs/rooms/mechanisms/base.ipynb #49726702
 @patch
@@ -257,3 +264,10 @@ def describe(self:Mechanism)->dict: # JSON-able public facts: enough for make_me
 def __repr__(self:Mechanism):
     args = ', '.join(f'{k}={v!r}' for k, v in self._arguments().items())
     return f"{type(self).__name__}({args})" + (f" [{STAMP}]" if self.audited else '')
+
+# %% ../../nbs/rooms/mechanisms/base.ipynb #e860febe
+@patch
+def law(self:Mechanism): # a Law, from public facts alone
+    "The law of its releases, as the leave-one-out attacker needs it."
+    raise NotImplementedError(f"mechanism {self.name!r} does not say how likely its releases are: give its class a "
+                              "law(), as in paczero.mechanisms.law, to have it attacked")

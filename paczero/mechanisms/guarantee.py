@@ -63,6 +63,8 @@ class Guarantee:
     subset_bound: float    # success of naming S* itself, at most (prior 1/m)
     epsilon: float         # (ε, 0) at equal posterior; None where unbounded
     stamp: str = ''        # "secret fixed for audit: no guarantee"
+    text_prior: float = None # P(a text that occurs several times in the pool is in S*), the worst; None: none known
+    once_bound: float = None # as posterior_bound, of a text that occurs once, where text_prior is known
 
 # %% ../../nbs/rooms/mechanisms/guarantee.ipynb #102175e7
 @patch(as_prop=True)
@@ -87,8 +89,29 @@ def not_covered(self:Guarantee)->tuple:
 def to_dict(self:Guarantee)->dict: # JSON-able
     "Numbers and words."
     numbers = {f.name: getattr(self, f.name) for f in fields(self)}
+    if self.text_prior is None: del numbers['text_prior'], numbers['once_bound']
     return {**numbers, 'covered': self.covered, 'statement': self.statement(), 'assumptions': list(self.assumptions),
             'not_covered': list(self.not_covered)}
+
+# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #7a0000b2
+@patch(as_prop=True)
+def best_guess(self:Guarantee)->float: # in [1/2, 1]
+    "How often whoever sees nothing is right about a text of the pool, repeated or not."
+    return max(p if p > .5 else 1 - p for p in (self.prior, self.text_prior) if p is not None)
+
+def _repeats(g)->list: # of (what, value): rows of the page, or none
+    if g.text_prior is None: return []
+    once = [] if g.once_bound is None else [
+        ("attacker's success on a text that the pool has once, at most", rounded_up(g.once_bound))]
+    return [('prior of a text that the pool has several times, the worst', number_text(g.text_prior)), *once]
+
+def _about_repeats(g)->str:
+    "What the paragraph says of a pool in which a text occurs several times."
+    if g.text_prior is None or g.once_bound is None: return ''
+    return (f" These numbers are for the worst text that the pool has several times, which is in the secret subset "
+            f"with probability {g.text_prior:.4g}; of a text that it has once, whoever asks is right with probability "
+            f"at most {rounded_up(g.once_bound)}, where {max(g.prior, 1 - g.prior):.4g} is possible without seeing "
+            "anything.")
 
 # %% ../../nbs/rooms/mechanisms/guarantee.ipynb #e15d55a0
 @patch
@@ -99,7 +122,7 @@ def statement(self:Guarantee)->str:
                 "it is as public as the seed that fixed it.")
     if not self.private:
         return f"**No guarantee.** This is a non-private run ({self.mechanism}), made for comparison only."
-    return _tells_nothing(self) if self.mi == 0 else _tells_little(self)
+    return (_tells_nothing(self) if self.mi == 0 else _tells_little(self)) + _about_repeats(self)
 
 def _tells_nothing(g):
     return ("The released transcript, and the weights computed from it, tell **nothing** (0 nats, exactly) about which "
@@ -117,7 +140,7 @@ def _tells_little(g):
 
 def _prior(g):
     "How often whoever sees nothing is right."
-    return max(g.prior, 1 - g.prior)
+    return g.best_guess
 
 # %% ../../nbs/rooms/mechanisms/guarantee.ipynb #f6ae5f14
 @patch
@@ -125,7 +148,8 @@ def rows(self:Guarantee)->list: # of (what, value)
     "The numbers of the page."
     return [('mechanism', self.mechanism), ('pool size n', self.n),
             ('candidate subsets M', f'{self.m} ({self.design})'),
-            ('prior of membership', number_text(self.prior)), ('bound on I(S*; Y), nats', number_text(self.mi)),
+            ('prior of membership', number_text(self.prior)), *_repeats(self),
+            ('bound on I(S*; Y), nats', number_text(self.mi)),
             ('booked in this run, nats', f'{number_text(self.mi_spent)} in {self.releases} releases'),
             ("attacker's success on one example, at most", rounded_up(self.posterior_bound)),
             ("attacker's success in naming S*, at most", f'{rounded_up(self.subset_bound)} (prior 1/{self.m})'),
