@@ -16,7 +16,7 @@ from paczero.objectives.forward import (
 )
 from .make import register_objective
 from .onednn import onednn_helps, onednn_layers
-from .tokens import encode_options, option_trees
+from .tokens import encode_options, option_trees, PROBE
 
 # %% ../../nbs/rooms/objectives/options.ipynb #00000008
 @register_objective
@@ -37,9 +37,10 @@ class OptionCrossEntropy(Objective):
         self.device, self.n = causal_lm(model).device, len(examples)
         self.max_tokens = max_tokens or default_max_tokens(self.device)
         self.labels = torch.tensor([e.label for e in examples], device=self.device) # (n,)
-        encoded = [encode_options(tokenizer, e.prompt, options, positions_of(model)) for e in examples]
-        self._take_shortcuts(encoded[0][0].ids)
-        self._lay_out(encoded)
+        encode = lambda prompt: encode_options(tokenizer, prompt, options, positions_of(model))
+        probe = encode(PROBE)
+        self._take_shortcuts(probe[0].ids)
+        self._lay_out([encode(e.prompt) for e in examples], probe)
         self._place()
 
 # %% ../../nbs/rooms/objectives/options.ipynb #00000009
@@ -50,21 +51,21 @@ def for_task(cls:OptionCrossEntropy, model, tokenizer, task, examples, max_token
 
 @patch
 def _take_shortcuts(self:OptionCrossEntropy, ids):
-    "What may be left out with this model: tried on the token ids of one example."
+    "What may be left out with this model: tried on a public text, for no example may decide it for the others."
     self.plain_head = head_is_plain(self.model, ids)
     self.short_layer = last_layer_is_opt(self.model, ids) and self.plain_head
     self.layers = onednn_layers(self.model, ids) if onednn_helps() else []
 
 # %% ../../nbs/rooms/objectives/options.ipynb #0000000b
 @patch
-def _lay_out(self:OptionCrossEntropy, encoded): # (n, options) OptionTokens
+def _lay_out(self:OptionCrossEntropy, encoded, probe): # (n, options) OptionTokens; those of the public text
     "The sequences that are read, and the example that each belongs to."
     self.single = all(o.n_option == 1 and o.ids[:-1] == e[0].ids[:-1] for e in encoded for o in e)
     if self.single: # one sequence an example serves all options
         self.option_ids = torch.tensor([[o.ids[-1] for o in e] for e in encoded], device=self.device) # (n, options)
         self.sequences, self.example = [e[0].ids[:-1] for e in encoded], np.arange(self.n)
         return
-    self.shared = self._may_share(encoded[0]) # tried on the model itself
+    self.shared = self._may_share(probe) # tried on the model itself
     self.trees = [t for i, e in enumerate(encoded) for t in option_trees(e, i, self.shared)]
     self.sequences, self.example = [t.ids for t in self.trees], np.array([t.example for t in self.trees])
 
@@ -104,7 +105,7 @@ def _mean_logprobs(self:OptionCrossEntropy, b):
 
 # %% ../../nbs/rooms/objectives/options.ipynb #0000000f
 @patch
-def _may_share(self:OptionCrossEntropy, encoded)->bool: # (options) OptionTokens of one example
+def _may_share(self:OptionCrossEntropy, encoded)->bool: # (options) OptionTokens of the public text
     "Whether this model says the same of options that stand behind one prompt as of each alone."
     def scores(shared):
         trees = option_trees(encoded, 0, shared)
