@@ -12,7 +12,7 @@ SHORT = 100         # a line with a body behind its colon
 
 # The floors, from the ground up; in a floor, a room may import those that stand before it.
 FLOORS = {
-    "0 ground": ["check", "information", "subsets", "schedule", "directions"],
+    "0 ground": ["check", "markup", "information", "subsets", "schedule", "directions"],
     "1 ideas": ["mechanisms", "tasks"],
     "2 machine": ["models", "objectives"],
     "3 record": ["transcript", "run"],
@@ -27,7 +27,7 @@ HEAVY = ["torch", "transformers", "peft", "datasets", "pandas", "pyarrow", "matp
          "distributed", "safetensors", "tokenizers", "huggingface_hub", "accelerate", "gguf", "IPython", "ipywidgets",
          "papermill", "nbformat", "nbclient", "psutil"]
 # The mathematics: these never load torch or transformers, not even inside a function.
-PURE = ["check", "information", "subsets", "schedule", "mechanisms"]
+PURE = ["check", "markup", "information", "subsets", "schedule", "mechanisms"]
 
 
 def modules():

@@ -25,7 +25,7 @@ def test_importing_the_package_costs_no_more_than_numpy():
     assert not {m for m in more if m not in sys.stdlib_module_names and not m.startswith(("paczero", "_"))}
 
 
-MATHEMATICS = ["check", "information", "subsets", "schedule", "mechanisms"]
+MATHEMATICS = ["check", "markup", "information", "subsets", "schedule", "mechanisms"]
 
 
 @pytest.mark.parametrize("room", MATHEMATICS)
