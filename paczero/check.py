@@ -4,12 +4,17 @@
 
 # %% auto #0
 __all__ = ['require', 'is_number', 'integer', 'numbers', 'number', 'finite', 'nearest', 'among', 'json_object',
-           'read_json_object', 'write_atomically']
+           'read_json_object', 'refuse_link', 'replacing', 'write_atomically', 'own_folder', 'workplace', 'move_into',
+           'swap_folder', 'recover_folder']
 
 # %% ../nbs/rooms/check.ipynb #f48e4966
 import difflib
 import json
 import os
+import secrets
+import shutil
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 
@@ -160,15 +165,117 @@ def read_json_object(
     return json_object(file.read_bytes(), name)
 
 # %% ../nbs/rooms/check.ipynb #4b48318f
+def refuse_link(
+    path, # where something is to be written
+)->Path: # the same
+    "Refuse a place that is a symbolic link."
+    path = Path(path)
+    if path.is_symlink():
+        raise FileExistsError(f"{path} is a symbolic link: nothing is written through a link or in its place; remove "
+                              "it, or choose another folder; nothing was changed")
+    return path
+
+# %% ../nbs/rooms/check.ipynb #102954b2
+@contextmanager
+def replacing(
+    path, # the file
+): # a file beside it, open for writing bytes
+    "Write a whole file or none of it: beside it first, synced, then renamed."
+    path = refuse_link(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    fd = os.open(part, flags, 0o666)
+    try:
+        with os.fdopen(fd, "w+b") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, refuse_link(path))
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+# %% ../nbs/rooms/check.ipynb #a5c2e04c
 def write_atomically(
     path, # the file
     text:str, # all of it
 ):
-    "Write a whole file or none of it: beside it first, synced, then renamed."
+    "Write a text as a whole file, or none of it."
+    data = text.encode("utf-8")
+    with replacing(path) as f:
+        f.write(data)
+
+# %% ../nbs/rooms/check.ipynb #d632def7
+def own_folder(
+    path, # made where it is not there, with its parents
+)->Path: # the same
+    "A folder to write into, and no link to one."
+    path = refuse_link(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+# %% ../nbs/rooms/check.ipynb #6db1c0bf
+@contextmanager
+def workplace(
+    path, # where its contents will go
+): # an empty folder beside it
+    "A new folder for this process alone, gone afterwards but for what was moved out of it."
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    outer = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        (outer/"new").mkdir()
+        yield outer/"new"
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
+
+# %% ../nbs/rooms/check.ipynb #b93577c9
+def move_into(
+    work, # a folder from `workplace`
+    folder, # where its files go; made when it is not there
+):
+    "Move all files of a workplace into a folder, in the place of those of the same name."
+    found = {f: Path(folder)/f.relative_to(work) for f in sorted(Path(work).rglob("*"))}
+    for to in (folder, *found.values()):
+        refuse_link(to)
+    own_folder(folder)
+    for f, to in found.items():
+        if f.is_dir():
+            own_folder(to)
+        else:
+            os.replace(f, to)
+
+# %% ../nbs/rooms/check.ipynb #bb1eadac
+def swap_folder(
+    new, # a folder, from `workplace`
+    place, # where it goes
+):
+    "Put a folder in the place of another; the former one goes back where that fails, and away where it does not."
+    place = refuse_link(place)
+    if not place.exists():
+        return Path(new).rename(place)
+    was = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".old", dir=place.parent))/"was"
+    try:
+        place.rename(was)
+        Path(new).rename(place)
+    except BaseException:
+        if was.exists() and not place.exists():
+            was.rename(place)
+        if not was.exists():
+            was.parent.rmdir()
+        raise
+    shutil.rmtree(was.parent, ignore_errors=True)
+
+# %% ../nbs/rooms/check.ipynb #bf0b81aa
+def recover_folder(
+    place, # where `swap_folder` may have been killed
+):
+    "Put back what stood at a place before a kill between the two renames of `swap_folder`."
+    place = Path(place)
+    former = [] if place.exists() else sorted(place.parent.glob(f".{place.name}.*.old/was"))
+    if len(former) > 1:
+        raise FileExistsError(f"{place} is gone and there are {len(former)} former ones: rename the right one of "
+                              f"{', '.join(map(str, former))} to it")
+    for was in former:
+        was.rename(place)
+        was.parent.rmdir()

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from filelock import FileLock, Timeout
 import paczero
-from ..check import write_atomically
+from ..check import own_folder, write_atomically
 from .cells import cells
 from .choose import choose_recipe
 from .devices import choose_device, memory_needed, with_dtype
@@ -88,9 +88,12 @@ def record_failure(
     "Write down why a cell did not finish."
     out = dict(run_id=folder.name, exception=exception, message=message, last_lines=list(last_lines),
                when=datetime.now(timezone.utc).isoformat(timespec="seconds"), version=paczero.__version__)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder/"failed.json", json.dumps(out, indent=1) + "\n")
-    return dict(run_id=folder.name, outcome="failed", why=f"{exception}: {message.splitlines()[0] if message else ''}")
+    why = f"{exception}: {message.splitlines()[0] if message else ''}"
+    try:
+        write_atomically(own_folder(folder)/"failed.json", json.dumps(out, indent=1) + "\n")
+    except OSError as e:
+        why += f" (not written down: {e.strerror or e})"
+    return dict(run_id=folder.name, outcome="failed", why=why)
 
 # %% ../../nbs/rooms/lab/job.ipynb #63df2724
 def _is_busy(folder, seconds=10):
@@ -184,7 +187,7 @@ def _seconds(folder):
 # %% ../../nbs/rooms/lab/job.ipynb #82c07739
 def _in_process(j, folder, stop, start):
     "Run the cell in a process of its own."
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     before = _seconds(folder)
     def write():
         about = dict(j["about"], seconds=round(before + time.monotonic() - start, 2))

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 from pathlib import Path
+from ..check import refuse_link, write_atomically
 
 # %% ../../nbs/rooms/lab/kernel.ipynb #1d056251
 def _watch_stdin():
@@ -37,7 +38,7 @@ def clean_notebook(
     import nbformat
     nb = nbformat.read(file, as_version=4)
     nb.metadata.get("papermill", {}).update(input_path=Path(notebook).name, output_path=Path(file).name)
-    nbformat.write(nb, file)
+    write_atomically(file, nbformat.writes(nb) + "\n")
 
 # %% ../../nbs/rooms/lab/kernel.ipynb #2af39c31
 def _failure(e):
@@ -55,11 +56,11 @@ def run_job():
     os.chdir(j["home"])
     out, failure = Path("runs")/j["run_id"]/"run.ipynb", None
     try:
-        papermill.execute_notebook(j["notebook"], str(out), parameters=j["parameters"], progress_bar=False,
+        papermill.execute_notebook(j["notebook"], str(refuse_link(out)), parameters=j["parameters"], progress_bar=False,
                                    log_output=False, cwd=".")
     except Exception as e:
         failure = _failure(e)
-    if out.exists():
+    if out.exists() and not out.is_symlink():
         clean_notebook(out, j["notebook"])
     print("\n" + json.dumps(dict(failure=failure)), flush=True)
     os._exit(0)

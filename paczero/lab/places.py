@@ -8,7 +8,7 @@ __all__ = ['SETS', 'results_folder', 'set_folder', 'choose_folder', 'shown', 'fi
 # %% ../../nbs/rooms/lab/places.ipynb #2e6852d0
 from itertools import count
 from pathlib import Path
-from ..check import among, require
+from ..check import among, refuse_link, require
 from .miniature import MINIATURE
 from .recipe import Recipe
 from ..run.runs import state
@@ -63,10 +63,10 @@ def choose_folder(
     small = results_dir is None and cell is not None and cell.startswith(MINIATURE)
     runs = set_folder("miniature" if small else "paper", results_dir)/"runs"
     if run_id is not None:
-        return _named(runs, run_id)
+        return refuse_link(_named(runs, run_id))
     name = cell.removeprefix(MINIATURE) if cell else recipe.name()
     numbered = (runs/(f"{name}-{i}" if i > 1 else name) for i in count(1))
-    return next(f for f in numbered if not _is_done(f))
+    return refuse_link(next(f for f in numbered if not _is_done(f)))
 
 # %% ../../nbs/rooms/lab/places.ipynb #b8f15da0
 def shown(

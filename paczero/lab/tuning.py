@@ -7,6 +7,7 @@ __all__ = ['GRID', 'tune', 'write_tuning']
 
 # %% ../../nbs/rooms/lab/tuning.ipynb #2ad27fff
 from pathlib import Path
+from ..check import write_atomically
 from ..finetune import finetune
 from .miniature import miniature, signal_kind
 from .start import recipe_data, recipe_network
@@ -61,5 +62,5 @@ def write_tuning(
     for run_id, rates in grid.items():
         rows += tune(run_id, rates)
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).to_csv(file, index=False)
+        write_atomically(file, pd.DataFrame(rows).to_csv(index=False))
     return pd.DataFrame(rows)

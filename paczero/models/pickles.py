@@ -10,6 +10,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from ..check import refuse_link, workplace
 
 # %% ../../nbs/rooms/models/pickles.ipynb #c8ae7323
 def convert_to_safetensors(
@@ -21,19 +22,14 @@ def convert_to_safetensors(
     parts = sorted(source.glob("pytorch_model*.bin"))
     if not parts:
         raise FileNotFoundError(f"folder {source} has no pytorch_model*.bin to convert")
-    if folder.exists() and any(folder.iterdir()):
+    if refuse_link(folder).exists() and any(folder.iterdir()):
         raise FileExistsError(f"folder {folder} is not empty: give a new one")
-    work = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with workplace(folder) as work:
         _convert_parts(parts, work)
         _copy_others(source, work)
-        if folder.exists():
+        if refuse_link(folder).exists():
             folder.rmdir()
         return work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 # %% ../../nbs/rooms/models/pickles.ipynb #737c6c7f
 def _copy_others(source, folder):

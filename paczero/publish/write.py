@@ -6,8 +6,9 @@
 __all__ = ['save_release', 'push_to_hub']
 
 # %% ../../nbs/rooms/publish/write.ipynb #64722c20
-import json, re, shutil, tempfile
+import json, re, tempfile
 from pathlib import Path
+from ..check import refuse_link, workplace, write_atomically
 from .base import base_name
 from .card import model_card
 from .files import check_no_places, check_release, FORMAT, WHAT
@@ -22,7 +23,7 @@ def _scrub(file, base):
     if "base_model_name_or_path" in d: d["base_model_name_or_path"] = base
     if isinstance(d.get("target_modules"), list):
         d["target_modules"] = sorted(d["target_modules"])       # a set: its order would change from run to run
-    file.write_text(json.dumps(d, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_atomically(file, json.dumps(d, indent=2, sort_keys=True) + "\n")
 
 # %% ../../nbs/rooms/publish/write.ipynb #00701aaa
 def _check_model(result, tokenizer, what):
@@ -55,11 +56,11 @@ def _write_records(result, folder, what, card):
             log.append(e)
         if log.chain.digest != t.digest:
             raise TranscriptError("the transcript in memory does not give its own digest: it was changed")
-    (folder/"README.md").write_text(model_card(result, what=what, **card), encoding="utf-8")
+    write_atomically(folder/"README.md", model_card(result, what=what, **card))
     scores = {k: result.metrics.get(k) for k in ("test_before", "test_after", "dev_after")}
     d = dict(format=FORMAT, what=what, digest=t.digest, weights=t.end["weights"], model=t.header["model"],
              covered=g.covered, guarantee=g.to_dict(), scores=scores)
-    (folder/"release.json").write_text(json.dumps(d, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_atomically(folder/"release.json", json.dumps(d, indent=1, sort_keys=True) + "\n")
 
 def _check_call(result, folder, what):
     "Refuse what cannot become a release, or has no place to go."
@@ -67,7 +68,7 @@ def _check_call(result, folder, what):
         raise ValueError(f"what must be one of {tuple(WHAT)}, got {what!r}")
     if result.transcript.end is None:
         raise ValueError("the run is unfinished: its transcript has no end yet; resume it first")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if refuse_link(folder).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already and not empty: choose a new folder; nothing was overwritten")
 
 # %% ../../nbs/rooms/publish/write.ipynb #0f6b86ba
@@ -82,16 +83,12 @@ def save_release(
     folder = Path(folder)
     _check_call(result, folder, what)
     if what != "transcript": _check_model(result, tokenizer, what)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        if what != "transcript": _write_model(result, tokenizer, part)
-        _write_records(result, part, what, card)
-        check_release(part)
-        if folder.exists(): folder.rmdir()
-        return part.rename(folder)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    with workplace(folder) as work:
+        if what != "transcript": _write_model(result, tokenizer, work)
+        _write_records(result, work, what, card)
+        check_release(work)
+        if refuse_link(folder).exists(): folder.rmdir()      # an empty one
+        return work.rename(folder)
 
 # %% ../../nbs/rooms/publish/write.ipynb #e7893c25
 def _check_repo(repo_id):

@@ -10,7 +10,7 @@ import json, os, platform
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
-from ..check import write_atomically
+from ..check import move_into, replacing, workplace, write_atomically
 from ..mechanisms.registry import make_mechanism
 from .describe import peak_memory, versions
 from .folder import RunFolder, secret_file
@@ -91,13 +91,19 @@ def write_outcome(self:RunFolder,
     "Everything that a finished run leaves, `metrics.json` last."
     stamp, digest = result.guarantee.stamp, result.transcript.digest
     result.history.attrs["stamp"] = stamp      # travels in the parquet file's metadata
-    result.history.to_parquet(self.path/"diagnostics.parquet")
+    with replacing(self.path/"diagnostics.parquet") as f: result.history.to_parquet(f)
     stamped = result.evaluations.assign(stamp=stamp) if stamp else result.evaluations
-    stamped.to_csv(self.path/"evaluations.csv", index=False)
+    write_atomically(self.path/"evaluations.csv", stamped.to_csv(index=False))
     write_atomically(self.path/"guarantee.md", f"{result.guarantee.markdown()}\nTranscript digest: `{digest}`\n")
-    if weights: result.model.save_pretrained(self.path/"weights", safe_serialization=True)
+    if weights: _write_weights(result.model, self.path/"weights")
     if has_secret and (file := secret_file(self.path)) is not None: file.unlink(missing_ok=True)
     write_atomically(self.path/"metrics.json", json.dumps(result.metrics, indent=1, allow_nan=False) + "\n")
+
+def _write_weights(model, folder):
+    "The model in its standard format, moved into the folder as a whole."
+    with workplace(folder) as work:
+        model.save_pretrained(work, safe_serialization=True)
+        move_into(work, folder)
 
 # %% ../../nbs/rooms/run/outcome.ipynb #36e1e5f8
 def load_result(

@@ -7,9 +7,10 @@ __all__ = ['FORMAT', 'TEXTS', 'TABLES', 'TRANSCRIPT', 'TRANSCRIPTS', 'PACKED_FIL
            'PackedFiles', 'open_pack', 'write_pack', 'pack_runs']
 
 # %% ../../nbs/rooms/run/pack.ipynb #98bd593b
-import fnmatch, io, json, os, shutil, zipfile, zlib
+import fnmatch, io, json, os, zipfile, zlib
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
+from ..check import recover_folder, swap_folder, workplace
 from .record import folder_runs, Run
 from ..transcript import MAX_BYTES, TranscriptError
 
@@ -211,38 +212,32 @@ def _check_same(old, new, name):
     if new.transcript.digest != new.metrics["transcript_digest"]:
         raise TranscriptError(f"{name}: its transcript would not be the one that its metrics name")
 
-# %% ../../nbs/rooms/run/pack.ipynb #3c876e04
+# %% ../../nbs/rooms/run/pack.ipynb #ef15ed58
 def write_pack(
     home, # a folder of results; its pack/ is replaced
     runs:dict, # name -> Run: all that is to be in it
 )->Pack:
     "Write a pack, read it back, compare, and only then put it in its place."
     home = Path(home)
-    part, old, final = (home/n for n in ("pack.part", "pack.old", "pack"))
-    for rest in (part, old): shutil.rmtree(rest, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with workplace(home/"pack") as part:
         _write(part, runs)
         pack = Pack(part)
         for name, run in runs.items():
             _check_same(run, Run(part/name, pack.files(name)), name)
         for file in part.iterdir():
             with file.open("rb+") as f: os.fsync(f.fileno())           # before any folder goes
-        if final.exists(): final.rename(old)
-        part.rename(final)
-    finally: shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        swap_folder(part, home/"pack")
     return open_pack(home)
 
 # %% ../../nbs/rooms/run/pack.ipynb #02641427
 def _others(run, drop):
-    "Files in a run's folder that a pack would not keep."
+    "Files in a run's folder that a pack would not keep; a link is never kept."
     inside = [r.path for r in folder_runs(run.path) if r.path != run.path]
     for f in sorted(p for p in run.path.rglob("*") if p.is_file() or p.is_symlink()):
         path = f.relative_to(run.path).as_posix()
         nested = any(d in f.parents for d in inside)
         kept = path in (*PACKED_FILES, ".lock") or path.startswith("figures/") or nested
-        if not kept and not any(fnmatch.fnmatch(path, pattern) for pattern in drop):
+        if f.is_symlink() or not kept and not any(fnmatch.fnmatch(path, pattern) for pattern in drop):
             yield path
 
 # %% ../../nbs/rooms/run/pack.ipynb #7f3a9c21
@@ -285,8 +280,7 @@ def pack_runs(
 )->tuple: # (names packed now, {name left as a folder: why})
     "Pack every finished run below a folder into its pack/, beside what is there; the second time nothing happens."
     home = Path(home)
-    if (home/"pack.old").is_dir() and not (home/"pack").exists():
-        (home/"pack.old").rename(home/"pack")
+    recover_folder(home/"pack")
     pack = open_pack(home)
     there = pack.runs(home) if pack else {}
     found = {r.path.relative_to(home).as_posix(): r for r in folder_runs(home) if r.path != home}

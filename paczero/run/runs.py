@@ -7,7 +7,7 @@ __all__ = ['find_run', 'state', 'steps_done', 'Runs', 'open_runs', 'unpack']
 
 # %% ../../nbs/rooms/run/runs.ipynb #36d46936
 from pathlib import Path
-from ..check import nearest
+from ..check import nearest, own_folder, replacing
 from .pack import open_pack, PACK_FILES, PACKED_FILES
 from .record import folder_runs, is_run, Run
 
@@ -93,8 +93,8 @@ def unpack(
     run, folder = find_run(run), Path(folder)
     if is_run(folder):
         raise FileExistsError(f"{folder} holds a run: choose a new folder; nothing was overwritten")
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     for file in PACKED_FILES:
         if not run.has(file): continue
-        with run.files.open(file) as f: (folder/file).write_bytes(f.read())
+        with run.files.open(file) as f, replacing(folder/file) as to: to.write(f.read())
     return folder

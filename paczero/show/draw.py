@@ -6,6 +6,7 @@
 __all__ = ['WHISKERS', 'by_set', 'titled', 'axes', 'legend', 'ticks', 'draw', 'draw_reported', 'save']
 
 # %% ../../nbs/rooms/show/draw.ipynb #00000002
+from ..check import write_atomically
 from .runs import SETS, find_results
 from .style import colour as colour_of, save_figure, style
 from .tables import reported_rows
@@ -118,5 +119,5 @@ def save(
     stands = numbers.is_file() and image.is_file() and numbers.read_text(encoding="utf-8") == text
     if redraw or not stands:
         save_figure(fig, home, name, ("png",))
-        numbers.write_text(text, encoding="utf-8")
+        write_atomically(numbers, text)
     return [numbers, image]

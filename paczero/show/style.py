@@ -6,7 +6,7 @@
 __all__ = ['BEFORE', 'colour', 'marker', 'method_label', 'style', 'save_figure', 'stamp_figure']
 
 # %% ../../nbs/rooms/show/style.ipynb #00000002
-from pathlib import Path
+from ..check import own_folder, replacing
 from ..mechanisms import look
 
 # %% ../../nbs/rooms/show/style.ipynb #00000005
@@ -45,11 +45,11 @@ def save_figure(
     formats=("png", "svg"), # endings
 )->list: # of Path, one a format
     "Write a figure in each format (PNG at 150 dpi)."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = own_folder(folder)
     paths = [folder/f"{name}.{end}" for end in formats]
     for p in paths:
-        fig.savefig(p, dpi=150, metadata={"Date": None} if p.suffix == ".svg" else None)
+        with replacing(p) as f:
+            fig.savefig(f, format=p.suffix[1:], dpi=150, metadata={"Date": None} if p.suffix == ".svg" else None)
     return paths
 
 def stamp_figure(fig, result):

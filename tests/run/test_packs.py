@@ -149,9 +149,36 @@ def test_another_run_of_the_same_name_stays(home, kept):
 
 def test_killed_in_the_swap(home):
     pack_runs(home, DROP)
-    (home / "pack").rename(home / "pack.old")
+    (home / ".pack.x1.old").mkdir()
+    (home / "pack").rename(home / ".pack.x1.old" / "was")
     pack_runs(home, DROP)
-    assert len(open_runs(home)) == 2
+    assert len(open_runs(home)) == 2 and [p.name for p in home.iterdir()] == ["pack"]
+
+
+def test_folders_of_the_users_stay(home):
+    "Whoever keeps a copy under a name that a packer might use finds it again."
+    for name in ("pack.part", "pack.old"):
+        (home / name).mkdir()
+        (home / name / "thesis.txt").write_text("mine")
+    assert pack_runs(home, DROP)[0] == ["runs/mi", "runs/zpl"]
+    assert [(home / n / "thesis.txt").read_text() for n in ("pack.part", "pack.old")] == ["mine"] * 2
+
+
+def test_a_link_is_not_packed_away(home, tmp_path):
+    run = home / "runs" / "mi"
+    (tmp_path / "elsewhere.csv").write_bytes((run / "evaluations.csv").read_bytes())
+    (run / "evaluations.csv").unlink()
+    (run / "evaluations.csv").symlink_to(tmp_path / "elsewhere.csv")
+    packed, left = pack_runs(home, DROP)
+    assert packed == ["runs/zpl"] and "evaluations.csv" in left["runs/mi"] and (run / "evaluations.csv").is_symlink()
+
+
+def test_no_pack_through_a_link(home, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (home / "pack").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError, match="symbolic link"):
+        pack_runs(home, DROP)
+    assert not list((tmp_path / "mine").iterdir()) and state(home / "runs" / "mi") == "finished"
 
 
 def test_killed_while_folders_are_removed(home, kept):
