@@ -75,7 +75,7 @@ class Training:
     def __init__(self, team, model, tokenizer, task, mechanism, config, runtime, folder, callbacks):
         self.team, self.model, self.task, self.mechanism = team, model, task, mechanism
         self.config, self.runtime, self.diary = config, runtime, Diary(mechanism.secret_batches, config)
-        design, params = config.subset_design(len(task.pool)), trainable_parameters(model)
+        design, params = config.design_for(task, mechanism), trainable_parameters(model)
         self.device = params[0][1].device
         objectives = task_objectives(team, model, tokenizer, task, runtime)
         self.pool, self.dev, self.test = (objectives.get(k) for k in ("pool", "dev", "test"))
@@ -232,6 +232,6 @@ def _follow(team, model, tokenizer, task, mechanism, config, runtime)->FineTuneR
     "Every rank but 0: look at a share of the examples, and follow. No mechanism is bound: there is no secret here."
     theta = Theta(trainable_parameters(model), int(config.seed), config.zo_eps, config.restore)
     parts = task_objectives(team, model, tokenizer, task, runtime)
-    description, _ = describe_run(model, task, mechanism, config, config.subset_design(len(task.pool)))
+    description, _ = describe_run(model, task, mechanism, config, config.design_for(task, mechanism))
     team.follow(theta, parts, model, description)
     return FineTuneResult(model=model)

@@ -61,6 +61,13 @@ def update(self:FineTuneConfig)->dict: # for the transcript
     return dict(steps=self.steps, k=self.k, lr=float(self.lr), lr_schedule=self.lr_schedule, zo_eps=float(self.zo_eps),
                 restore=self.restore)
 
+# %% ../../nbs/rooms/run/config.ipynb #7b0000b2
+@patch
+def design_for(self:FineTuneConfig, task, mechanism)->SubsetDesign:
+    "The candidate subsets of a task's pool, with the prior of its repeated texts where a guarantee rests on it."
+    design = self.subset_design(len(task.pool))
+    return design.with_repeats(task.groups) if mechanism.private and not mechanism.dp else design
+
 # %% ../../nbs/rooms/run/config.ipynb #af48d156
 @patch
 def check_plan(self:FineTuneConfig, mechanism, task):

@@ -39,11 +39,7 @@ class Task:
     stop:str = "\n" # ... or at this string, or at the end of the text
     source:str = "" # where the rows came from
     seed:int = 0 # of the public permutation
-
-    @property
-    def objective(self)->str:
-        "Per-example training loss."
-        return OBJECTIVES[self.kind]
+    own_file:tuple[str, ...] = () # of "dev", "test": cut from the file that the pool is from
 
     @cached_property
     def fingerprint(self)->str: # sha256, hex
@@ -53,6 +49,12 @@ class Task:
     def __repr__(self):
         sizes = ", ".join(f"{k}={len(getattr(self, k))}" for k in ("pool", "dev", "test"))
         return f"Task({self.name!r}, {self.objective}, {sizes}, seed={self.seed}, source={self.source!r})"
+
+# %% ../../nbs/rooms/tasks/task.ipynb #7b0000a4
+@patch(as_prop=True)
+def objective(self:Task)->str:
+    "Per-example training loss."
+    return OBJECTIVES[self.kind]
 
 # %% ../../nbs/rooms/tasks/task.ipynb #3c7fcf30
 def _fingerprint(task):
@@ -84,6 +86,8 @@ def describe(self:Task)->dict: # JSON-able
              seed=self.seed, n_pool=len(self.pool), n_dev=len(self.dev), n_test=len(self.test),
              fingerprint=self.fingerprint, pool_fingerprint=_pool_fingerprint(self),
              prompts_also_in_pool=count_repeats(self))
+    if self.own_file:
+        d |= dict(cut_from_own_file={part: len(getattr(self, part)) for part in self.own_file})
     if self.kind == "generation":
         return d | dict(max_new_tokens=self.max_new_tokens, stop=self.stop)
     return d | dict(options=list(self.options), label_shares=_label_shares(self))
@@ -91,3 +95,10 @@ def describe(self:Task)->dict: # JSON-able
 def _label_shares(task):
     share = lambda part: [sum(e.label == i for e in part) / max(len(part), 1) for i in range(len(task.options))]
     return {k: share(getattr(task, k)) for k in ("pool", "dev", "test")}
+
+# %% ../../nbs/rooms/tasks/task.ipynb #7b0000a2
+@patch(as_prop=True)
+def groups(self:Task)->tuple: # (n,) the same whole number for pool examples that are equal
+    "Which examples of the pool are equal: those whose prompts differ in white space at most."
+    numbers = {}
+    return tuple(numbers.setdefault(" ".join(e.prompt.split()), len(numbers)) for e in self.pool)
