@@ -8,6 +8,7 @@ __all__ = ['DPGuarantee']
 # %% ../../nbs/rooms/mechanisms/dp_guarantee.ipynb #42abfe7a
 from dataclasses import dataclass
 from fastcore.basics import patch
+from ..markup import md
 from .guarantee import Guarantee, number_text, rounded_up
 
 # %% ../../nbs/rooms/mechanisms/dp_guarantee.ipynb #d9fb8478
@@ -43,7 +44,7 @@ class DPGuarantee(Guarantee):
 
     @property
     def assumptions(self)->tuple:
-        return (f'The batches and the noise: {self.secret}.',) + _ASSUMES if self.covered else ()
+        return (f'The batches and the noise: {md(self.secret)}.',) + _ASSUMES if self.covered else ()
 
     @property
     def not_covered(self)->tuple:

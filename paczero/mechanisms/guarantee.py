@@ -9,6 +9,7 @@ __all__ = ['Guarantee']
 import math
 from dataclasses import dataclass, fields
 from fastcore.basics import patch
+from ..markup import md
 
 # %% ../../nbs/rooms/mechanisms/guarantee.ipynb #547cd1f3
 _ASSUMPTIONS = (
@@ -75,7 +76,7 @@ def covered(self:Guarantee)->bool:
 @patch(as_prop=True)
 def assumptions(self:Guarantee)->tuple:
     "What it rests on, a sentence each."
-    return (f'The secret subset: {self.secret}.',) + _ASSUMPTIONS if self.covered else ()
+    return (f'The secret subset: {md(self.secret)}.',) + _ASSUMPTIONS if self.covered else ()
 
 @patch(as_prop=True)
 def not_covered(self:Guarantee)->tuple:
@@ -118,10 +119,10 @@ def _about_repeats(g)->str:
 def statement(self:Guarantee)->str:
     "One paragraph: what this says."
     if self.stamp:
-        return (f"**No guarantee.** The run's secret was fixed for an audit ({self.stamp}); "
+        return (f"**No guarantee.** The run's secret was fixed for an audit ({md(self.stamp)}); "
                 "it is as public as the seed that fixed it.")
     if not self.private:
-        return f"**No guarantee.** This is a non-private run ({self.mechanism}), made for comparison only."
+        return f"**No guarantee.** This is a non-private run ({md(self.mechanism)}), made for comparison only."
     return (_tells_nothing(self) if self.mi == 0 else _tells_little(self)) + _about_repeats(self)
 
 def _tells_nothing(g):
@@ -159,8 +160,8 @@ def rows(self:Guarantee)->list: # of (what, value)
 @patch
 def markdown(self:Guarantee)->str:
     "The guarantee as a page of markdown."
-    head = f"> **{self.stamp}**\n\n" if self.stamp else ''
-    table = '\n'.join(f'| {a} | {b} |' for a, b in self.rows())
+    head = f"> **{md(self.stamp)}**\n\n" if self.stamp else ''
+    table = '\n'.join(f'| {a} | {md(b)} |' for a, b in self.rows())
     lists = [f"## {title}\n\n" + '\n'.join(f'- {x}' for x in xs) for title, xs in
              (('What it assumes', self.assumptions), ('What it does not cover', self.not_covered)) if xs]
     return (f"# Privacy guarantee\n\n{head}| | |\n|---|---|\n{table}\n\n## What this says\n\n{self.statement()}\n\n"
