@@ -24,6 +24,7 @@ class Mechanism(ABC):
     private = True          # False: it comes with no guarantee
     needs_secret = False    # True: it draws a secret subset
     secret_batches = False  # True: which examples a step looked at, and their losses, must not be written down
+    may_redraw = False      # True: a step that was released may be drawn again (from a restored copy), and no harm
     real_valued = False     # True: it releases real numbers, and the transcript lets them pass
     dp = False              # True: (ε, δ)-differentially private: no candidate subsets, no m and no design
     fields = ()             # of Field: what it takes from a recipe

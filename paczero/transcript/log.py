@@ -7,10 +7,15 @@ __all__ = ['MAX_BYTES', 'MAX_LINE', 'TranscriptError', 'canonical', 'Chain', 're
            'lock_folder']
 
 # %% ../../nbs/rooms/transcript/log.ipynb #12b8cbd4
-import hashlib, json, os
+import hashlib, json, os, stat
+from contextlib import suppress
 from pathlib import Path
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+from ..check import refuse_link
+
+try: import fcntl
+except ImportError: fcntl = None # Windows: the folder's lock alone
 
 # %% ../../nbs/rooms/transcript/log.ipynb #51e1f315
 class TranscriptError(ValueError):
@@ -95,19 +100,48 @@ class ChainedLog:
     "An append-only chained log: `append` returns when the line is on the disk."
     def __init__(self,
         path, # the file; made when it is not there
+        private:bool=False, # mode 600, whatever the umask
     ):
         self.path = Path(path)
-        new = not self.path.exists()
-        self.entries, self.chain, end = ([], Chain(), 0) if new else read_log(self.path, recover=True)
-        self._f = open(self.path, "ab" if new else "r+b", buffering=0)
-        self._f.seek(end)
-        self._f.truncate()
-        if new: _sync_folder(self.path.parent)
+        new, self._f = not self.path.exists(), _open_alone(self.path, private)
+        try:
+            self.entries, self.chain, end = read_log(self.path, recover=True)
+            self.torn = self._f.seek(0, os.SEEK_END) > end # a last line without its end is there
+            self._f.seek(end)
+            if new: _sync_folder(self.path.parent)
+        except BaseException:
+            self._f.close()
+            raise
 
     def close(self): self._f.close()
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
+# %% ../../nbs/rooms/transcript/log.ipynb #71467163
+def _open_alone(path, private):
+    "A file for reading and writing that no other process holds."
+    flags = os.O_RDWR | os.O_CREAT | sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
+    f = os.fdopen(os.open(refuse_link(path), flags, 0o600 if private else 0o666), "r+b", buffering=0)
+    try:
+        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+            raise TranscriptError(f"{path} is not a regular file")
+        _hold(f.fileno(), path)
+        if private and hasattr(os, "fchmod"):
+            with suppress(OSError): os.fchmod(f.fileno(), 0o600) # some file systems know no modes
+    except BaseException:
+        f.close()
+        raise
+    return f
+
+def _hold(fd, path):
+    "Lock an open file for as long as it is open."
+    if fcntl is None: return
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"{path}: another process is working on it; wait for it, or choose another folder") from None
+    except OSError: pass # a file system without such locks: the folder's lock remains
+
+# %% ../../nbs/rooms/transcript/log.ipynb #7b8deb0e
 def _sync_folder(folder):
     "Make a new file's name survive a power cut, too (where folders can be synced)."
     try: fd = os.open(folder, os.O_RDONLY)
@@ -120,9 +154,13 @@ def _sync_folder(folder):
 @patch
 def append(self:ChainedLog, obj:dict):
     "Add one line; on the disk when this returns, or not there at all."
+    self._check_there()
     at, state = self._f.tell(), self.chain.state
     data = self.chain.line(obj).encode()
     try:
+        if len(data) > MAX_LINE:
+            raise TranscriptError(f"{self.path}: a line of {len(data)} bytes; {MAX_LINE} at most")
+        if self.torn: self._f.truncate()
         while data: data = data[self._f.write(data):]
         os.fsync(self._f.fileno())
     except BaseException:
@@ -130,7 +168,16 @@ def append(self:ChainedLog, obj:dict):
         self._f.seek(at)
         self._f.truncate()
         raise
+    self.torn = False
     self.entries.append(json.loads(canonical(obj)))
+
+@patch
+def _check_there(self:ChainedLog):
+    "Refuse to write where nobody will find it."
+    try: there = os.path.samestat(os.stat(self.path), os.fstat(self._f.fileno()))
+    except FileNotFoundError: there = False
+    if not there:
+        raise TranscriptError(f"{self.path} was removed or exchanged while it was written: nothing more is released")
 
 # %% ../../nbs/rooms/transcript/log.ipynb #bf5f0cd8
 def lock_folder(
