@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from .information import posterior_bound
+from .markup import md, md_code
 from .mechanisms.registry import make_mechanism
 from .run.runs import open_runs
 from .subsets import SubsetDesign
@@ -178,10 +179,6 @@ def _varied(runs):
         if len(values) > 1: out[key] = values
     return out
 
-def _cell(x):
-    "A text in a cell of a markdown table."
-    return str(x).replace("|", "\\|").replace("\n", " ")
-
 def _nats(x):
     "A number of nats, as the card writes it."
     return "?" if x != x else "∞" if x == math.inf else f"{x:.6g}"
@@ -216,16 +213,16 @@ def _search_card(p, search):
     varied = "; ".join(f"{k} in {v}" for k, v in values.items()) or "nothing but the secret"
     best = search.sort_values("dev_loss").iloc[0]
     alone = _up(posterior_bound(best.counted, p.prior))
-    return (f"**The search cost.** {len(search)} runs that spend, varying {_cell(varied)}. The best development loss "
-            f"is that of `{_cell(best.run)}`. Fixed beforehand and run alone it would have cost {_nats(best.counted)} "
+    return (f"**The search cost.** {len(search)} runs that spend, varying {md(varied)}. The best development loss "
+            f"is that of {md_code(best.run)}. Fixed beforehand and run alone it would have cost {_nats(best.counted)} "
             f"nats (success at most {alone}); found by looking at all, it costs {_nats(p.nats)}.")
 
 def _table(runs):
     "Runs as a markdown table."
     rows = ["| run | status | mechanism | booked, nats | counted, nats | |", "|---|---|---|---|---|---|"]
     for r in runs.itertuples():
-        mechanism = _cell(r.mechanism) if isinstance(r.mechanism, str) else ""
-        cells = _cell(r.run), r.status, mechanism, _nats(r.booked), _nats(r.counted), _cell(r.note)
+        mechanism = md(r.mechanism) if isinstance(r.mechanism, str) else ""
+        cells = md(r.run), r.status, mechanism, _nats(r.booked), _nats(r.counted), md(r.note)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -234,7 +231,7 @@ def _pool_card(runs, p):
     "One pool's part of the card."
     mine = runs[runs.pool == p.pool]
     search = mine[(mine.status != "unreadable") & (mine.counted > 0) & (mine.counted < math.inf)]
-    out = [f"## Pool `{p.pool[:12]}` ({_cell(p.task)}, {_cell(p.source)})"]
+    out = [f"## Pool {md_code(p.pool[:12])} ({md(p.task)}, {md(p.source)})"]
     out.append(_headline(p.nats, p.complete, p.posterior_bound, p.prior))
     if len(search) > 1 and p.nats < math.inf:
         out.append(_search_card(p, search))
@@ -257,7 +254,7 @@ def _shared(books):
     sources = [s for s, g in books.pools.groupby("source") if len(g) > 1 and s]
     if not sources: return None
     bound = f" (success at most {_up(books.posterior_bound)})." if books.total < math.inf else "."
-    return (f"**Pools that may share examples.** Several pools come from {_cell(', '.join(sources))}. For an example "
+    return (f"**Pools that may share examples.** Several pools come from {md(', '.join(sources))}. For an example "
             "that is in more than one of them, add them up: all runs here together come to "
             f"{_nats(books.total)} nats{bound}")
 
@@ -270,7 +267,7 @@ def markdown(self:Accounts)->str:
     if shared := _shared(self): parts.append(shared)
     lost = self.runs[(self.runs.pool == "") & (self.runs.status == "unreadable")]
     if len(lost):
-        lines = [f"| {_cell(r.run)} | {_cell(r.note)} |" for r in lost.itertuples()]
+        lines = [f"| {md(r.run)} | {md(r.note)} |" for r in lost.itertuples()]
         parts.append("\n".join(["## Not known which pool\n", "| folder | reason |", "|---|---|", *lines]))
     return "\n\n".join([*parts, _READ]) + "\n"
 

@@ -16,6 +16,7 @@ from .problem import play
 from .success import agreement, leaked_information, membership_success, true_secret
 from ..check import integer
 from ..information import posterior_bound
+from ..markup import md
 
 # %% ../../nbs/rooms/audit/report.ipynb #00000005
 def _line(quantity, k, estimate, low, high, allowed, p, equal=False):
@@ -103,7 +104,7 @@ def markdown(self:AuditReport)->str:
             f"| [{x['low']:.4f}, {x['high']:.4f}] | {'=' if x['exactly'] else '≤'} {x['allowed']:.4f} "
             f"| {x['p']:.2g} |" for x in self.lines]
     verdict = self.verdict if self.ok else "exceeds it"
-    return (f"**{self.name}**, {self.runs} runs, claim {self.claim:.4g} nats: **{verdict}**\n\n"
+    return (f"**{md(self.name)}**, {self.runs} runs, claim {self.claim:.4g} nats: **{verdict}**\n\n"
             f"| quantity | trials | estimate | {self.level:.0%} together | allowed | p |\n"
             "|---|---|---|---|---|---|\n"
             + "\n".join(rows) + "\n")

@@ -9,6 +9,7 @@ __all__ = ['TRACKS', 'DTYPES', 'LORA', 'contradiction', 'Network', 'Data', 'Meth
 from dataclasses import dataclass, field, fields
 from fastcore.basics import patch
 from ..check import among, is_number, nearest, require
+from ..markup import md
 from ..mechanisms.fields import check_field
 from ..mechanisms.registry import field_owners, make_mechanism as made, mechanism_named, MECHANISMS, registered
 from ..run.config import FineTuneConfig
@@ -197,4 +198,4 @@ def _repr_markdown_(self:Recipe):
     rows = dict(network=told(vars(self.network)), data=told(vars(self.data)),
                 method=told({"": self.method.name} | dict(self.method.own)),
                 config=told(vars(self.config) | dict(m=self.m)), source=self.source)
-    return "| part | |\n|---|---|\n" + "\n".join(f"| {k} | {v.strip()} |" for k, v in rows.items())
+    return "| part | |\n|---|---|\n" + "\n".join(f"| {k} | {md(v)} |" for k, v in rows.items())

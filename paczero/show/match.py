@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from ..check import require
+from ..markup import md
 from ..run.runs import find_run
 from .runs import SAME, cell_registry, measured, recipe_of
 from .tables import reported_for, reported_rows
@@ -25,7 +26,7 @@ class Match:
     text:str # the same in a sentence
 
     def _repr_markdown_(self):
-        return f"**{self.verdict}**: {self.text}"
+        return f"**{md(self.verdict)}**: {md(self.text)}"
 
 # %% ../../nbs/rooms/show/match.ipynb #00000006
 def band(

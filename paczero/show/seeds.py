@@ -6,6 +6,7 @@
 __all__ = ['collect', 'summarise', 'markdown_table']
 
 # %% ../../nbs/rooms/show/seeds.ipynb #00000002
+from ..markup import md
 from ..run.runs import open_runs
 from .style import method_label
 
@@ -65,6 +66,6 @@ def markdown_table(
     table, # a DataFrame
 )->str:
     "The table as markdown, for a README."
-    def line(cells): return "| " + " | ".join(str(c) for c in cells) + " |"
+    def line(cells): return "| " + " | ".join(md(c) for c in cells) + " |"
     rows = [line(r) for r in table.itertuples(index=False)]
     return "\n".join([line(table.columns), line(["---"] * len(table.columns)), *rows])
