@@ -111,20 +111,54 @@ def _snr_for_mi(q:float,      # prior of the rarer sign, in (0, 1/2]
         snr = new if lo < new < hi else (2 * lo if hi == math.inf else (lo + hi) / 2)
     raise RuntimeError(f"no sigma found for q_plus = {q!r}, {target = !r} nats: please report this as a bug")
 
+# %% ../nbs/rooms/information.ipynb #c7b3b019
+def _newtons(snr, mi, var, target, H, hi)->np.ndarray: # all (b,)
+    "`_newton` for arrays."
+    with np.errstate(all='ignore'):
+        low = snr * np.exp(np.minimum(np.log(target / mi) * 2 * mi / (snr * var), 700.))
+        high = snr + 2 * np.log((H - mi) / (H - target)) * (H - mi) / var
+    ok = (var > 0) & ((target < H / 2) | (mi < H))
+    return np.where(ok, np.where(target < H / 2, low, high), hi)
+
+def _snrs_for_mi(q, target, rtol)->np.ndarray: # all (b,), as for `_snr_for_mi`
+    "Solve I(q, snr) = `target` for arrays, by the same safeguarded Newton steps."
+    H, hi = binary_entropy(q), np.full(len(q), math.inf)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        far = 2 * np.log(2 * math.log(2) * np.sqrt(q * (1 - q)) / (H - target))
+    lo = target / (2 * q * (1 - q))
+    snr, todo = np.where(target < H / 2, lo, np.maximum(lo, far)), np.arange(len(q))
+    for _ in range(200):
+        mi, var = _channel(q[todo], 1 / np.sqrt(snr[todo]))
+        done = np.abs(mi / target[todo] - 1) <= rtol
+        todo, mi, var = todo[~done], mi[~done], var[~done]
+        if not len(todo): return snr
+        at, below = snr[todo], mi < target[todo]
+        a = lo[todo] = np.where(below, np.maximum(lo[todo], at), lo[todo])
+        b = hi[todo] = np.where(below, hi[todo], np.minimum(hi[todo], at))
+        new = _newtons(at, mi, var, target[todo], H[todo], b)
+        snr[todo] = np.where((a < new) & (new < b), new, np.where(np.isinf(b), 2 * a, (a + b) / 2))
+    raise RuntimeError(f"no sigma found for {len(todo)} of {len(q)} channels: please report this as a bug")
+
 # %% ../nbs/rooms/information.ipynb #0000001d
 def sigma_for_mi(q_plus, # P(s = +1), in [0, 1]
                  beta,   # nats allowed, at least 0; broadcasts with `q_plus`
                  ):      # noise std in units of the ±1 sign, in [0, inf]
     "Smallest sigma with I(s; s + N(0, sigma²)) <= `beta`: the true information lies in [beta (1 - 1e-9), beta]."
     q, beta = np.broadcast_arrays(numbers('q_plus', q_plus, 0, 1), numbers('beta', beta, 0, math.inf, ' nats'))
-    if q.ndim:
-        return np.array([sigma_for_mi(*qb) for qb in zip(q.ravel(), beta.ravel())]).reshape(q.shape)
+    if q.ndim: return _sigmas(np.minimum(q, 1 - q).ravel(), beta.ravel()).reshape(q.shape)
     q, beta = float(min(q, 1 - q)), float(beta)
     if beta >= binary_entropy(q):
         return 0.0
     if beta < _TINY:
         return math.inf                                  # nothing finite leaks so little
     return 1 / math.sqrt(_snr_for_mi(q, beta * (1 - 5e-10), 4e-10))
+
+def _sigmas(q, beta)->np.ndarray: # all (b,)
+    "`sigma_for_mi` for arrays: 0 where everything may be told, inf where nothing may."
+    all_, none = beta >= binary_entropy(q), beta < _TINY
+    sigma, some = np.where(none & ~all_, math.inf, 0.), ~(all_ | none)
+    sigma[some] = 1 / np.sqrt(_snrs_for_mi(q[some], beta[some] * (1 - 5e-10), 4e-10))
+    return sigma
 
 # %% ../nbs/rooms/information.ipynb #00000024
 def mi_for_epsilon(eps,       # ε of an (ε, 0)-DP mechanism, in [0, inf]; any shape

@@ -16,6 +16,7 @@ from .accountant import check_plan, dp_posterior_bound, epsilon_spent
 from .accountant import noise_multiplier as multiplier_for
 from .base import Mechanism
 from .dp_guarantee import DPGuarantee
+from .dp_law import GaussianLaw
 from .fields import Field
 from .registry import register_mechanism
 from .release import Ledger, Release
@@ -42,6 +43,7 @@ _FIELDS = (
     Field(name='sample_rate', help='q of the Poisson batches', default=0.064, short='q',
           fits=lambda v: is_number(v) and 0 < v <= 1, need='a probability > 0 and <= 1'))
 _CLIP = 'without a bound on each example no noise is enough for differential privacy'
+_COARSE = 'below it one example more in a batch moves the sum of the others'
 
 # %% ../../nbs/rooms/mechanisms/gaussian.ipynb #04a87758
 class _Gaussian(Mechanism):
@@ -112,8 +114,9 @@ def label(cls:_Gaussian, spec:dict)->str:
 
 @patch(cls_method=True)
 def check_recipe(cls:_Gaussian, recipe):
-    "It needs a clip, and has no candidate subsets."
+    "It needs a clip and float32, and has no candidate subsets."
     require(recipe.clip is not None, 'clip', recipe.clip, f'a number > 0: {_CLIP}')
+    require(recipe.dtype in (None, 'float32'), 'dtype', recipe.dtype, f"'float32' with {cls.name!r}: {_COARSE}")
     if recipe.design != 'half':
         raise ValueError(f"design={recipe.design!r} contradicts mechanism={cls.name!r}: differential privacy has no "
                          "candidate subsets; drop one of them")
@@ -186,6 +189,13 @@ def guarantee(self:_Gaussian)->DPGuarantee:
     if self.audited:
         return DPGuarantee(**facts, posterior_bound=1., epsilon=None, stamp=STAMP)
     return DPGuarantee(**facts, posterior_bound=dp_posterior_bound(self.booked, self.delta), epsilon=self.booked)
+
+# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #9ae2c5b5
+@patch
+def law(self:_Gaussian)->GaussianLaw:
+    "What a pool that lacks one example would have released instead."
+    names = ('clip', 'sample_rate', 'noise_multiplier', 'directions')
+    return GaussianLaw(self.design, **{k: getattr(self, k) for k in names})
 
 # %% ../../nbs/rooms/mechanisms/gaussian.ipynb #c0d3df3b
 @register_mechanism

@@ -13,6 +13,7 @@ from ..check import among, integer, is_number
 from ..information import binary_channel_mi, binary_entropy, sigma_for_mi
 from .base import Mechanism
 from .fields import Field
+from .mi_law import BudgetLaw, SEES
 from .registry import register_mechanism
 from .release import Ledger, pack_signs, Release
 from .secret import Secret
@@ -181,3 +182,11 @@ def _verify_price(rel, q, allowance):
         raise ValueError(f"mi = {rel.mi} was booked, but sigma = {rel.sigma} leaks {true} nats")
     if rel.mi > allowance * (1 + 1e-9):
         raise ValueError(f"mi = {rel.mi} exceeds the schedule's {allowance} nats for this release")
+
+# %% ../../nbs/rooms/mechanisms/mi.ipynb #96c34ffd
+@patch
+def law(self:MIBudget,
+    sees:str='sign', # "sign": the transcript's reader (approximate); "number": also the noisy number (exact)
+)->BudgetLaw:
+    "What pools that lack one example would have released instead."
+    return BudgetLaw(self.design, **self._arguments(), sees=among('sees', sees, SEES))

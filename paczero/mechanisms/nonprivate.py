@@ -14,6 +14,7 @@ from ..check import among, integer, is_number
 from ..information import binary_entropy
 from .base import Mechanism
 from .fields import Field
+from .law import SignalLaw
 from .registry import register_mechanism
 from .release import Ledger, pack_signs, Release
 
@@ -158,3 +159,9 @@ def _of_batch(self:NonPrivate, mean:float)->Release:
     self._ledger.book(0.0)
     return self._record(Release(sign=y, kind='nonprivate', mi=0.0,
                                 scalar=value if self.signal == 'raw_full' else float(y)))
+
+# %% ../../nbs/rooms/mechanisms/nonprivate.ipynb #a4a1ab1e
+@patch
+def law(self:NonPrivate)->SignalLaw:
+    "What a pool with these differences releases, for sure or by its secret subset."
+    return SignalLaw(self.design, self.signal)

@@ -6,7 +6,9 @@
 __all__ = ['ZPL']
 
 # %% ../../nbs/rooms/mechanisms/zpl.ipynb #adc698bf
+from fastcore.basics import patch
 from .base import Mechanism
+from .law import BitLaw, unanimous_or_coin
 from .registry import register_mechanism
 from .release import pack_signs, Release
 
@@ -15,6 +17,7 @@ from .release import pack_signs, Release
 class ZPL(Mechanism):
     "Release the sign if all candidate subsets agree, else a fair coin: I(S*; Y) = 0 exactly."
     name, title, colour, marker = 'zpl', 'PACZero-ZPL (I = 0)', '#0072B2', 'o'
+    may_redraw = True       # new coins tell nothing of the secret: no draw has looked at it
 
     def release(self, subset_means, *, pool_mean:float=None)->Release: # (M,) means in, one bit out
         "One bit that tells nothing of which subset is the secret."
@@ -33,3 +36,9 @@ class ZPL(Mechanism):
             s = rel.sign_vector
             if (rel.kind == 'unanimous') != bool((s == s[0]).all()) or (rel.kind == 'unanimous' and s[0] != rel.sign):
                 raise ValueError(f"kind {rel.kind!r} and sign {rel.sign} contradict the recorded signs")
+
+# %% ../../nbs/rooms/mechanisms/zpl.ipynb #05bb0600
+@patch
+def law(self:ZPL)->BitLaw:
+    "P(+1) is 1 or 0 where all subsets agree, else one half."
+    return BitLaw(self.design, unanimous_or_coin)
