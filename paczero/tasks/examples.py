@@ -9,6 +9,7 @@ __all__ = ['check_rows', 'render']
 import json
 from collections import Counter
 from collections.abc import Mapping
+from .quote import column_names, quoted, reading, SHOW, shows_data
 from .spec import label_key, label_map
 from .task import Example
 
@@ -21,27 +22,27 @@ def _label_parser(spec):
             return i
         if raw is None or raw != raw or label_key(raw) in ("", "-1"):
             raise ValueError("missing label (the public test splits of GLUE have none: use the validation split)"
-                             f"|{raw!r}")
-        raise ValueError(f"label outside the {len(spec.options)} options, known labels {', '.join(known)}|{raw!r:.60}")
+                             f"|{quoted(raw)}")
+        raise ValueError(f"label outside the {len(spec.options)} options, known labels {', '.join(known)}|"
+                         f"{quoted(raw)}")
     return parse
 
 # %% ../../nbs/rooms/tasks/examples.ipynb #9a613c1c
 def _parse_answers(raw):
     "A tuple of answers, without repeats."
     if isinstance(raw, str) and raw.strip()[:1] in ("[", "{"):
-        try:
-            raw = json.loads(raw)
-        except json.JSONDecodeError:
-            raise ValueError(f"answer that looks like a list but is not JSON|{raw!r:.60}") from None
+        text = raw
+        raw = reading(lambda: json.loads(text), (ValueError, RecursionError),
+                      lambda e: f"answer that looks like a list but is not JSON|{quoted(text)}")
     if isinstance(raw, Mapping):
         raw = raw.get("text")
     if isinstance(raw, str):
         raw = [raw]
     if raw is None or isinstance(raw, (int, float)):
-        raise ValueError(f"missing answer|{raw!r}")
+        raise ValueError(f"missing answer|{quoted(raw)}")
     answers = tuple(dict.fromkeys(a.strip() for a in raw if isinstance(a, str)))
     if not answers or not all(answers):
-        raise ValueError(f"missing or empty answer|{list(raw)!r:.60}")
+        raise ValueError(f"missing or empty answer|{quoted(list(raw))}")
     return answers
 
 # %% ../../nbs/rooms/tasks/examples.ipynb #f1248ec9
@@ -50,11 +51,11 @@ def check_rows(
     spec, # a `TaskSpec`
     where:str, # what the messages call them
 )->list: # target of every row: index of an option, or tuple of answers
-    "Refuse rows that can't be rendered or scored; count the bad ones and show the first."
+    "Refuse rows that can't be rendered or scored; count the bad ones and say where the first are."
     missing = [c for c in (*spec.fields, spec.target) if c not in rows[0]]
     if missing:
-        raise ValueError(f"{where} has no column {', '.join(map(repr, missing))} (task {spec.name!r} needs "
-                         f"it); it has {', '.join(map(repr, rows[0]))}")
+        raise ValueError(f"{where} has no column {', '.join(map(repr, missing))} (task {spec.name!r} needs it); "
+                         f"it has {column_names(rows[0], (*spec.fields, spec.target))}")
     parse = _label_parser(spec) if spec.options else _parse_answers
     targets, problems = [], {}
     for i, row in enumerate(rows):
@@ -63,29 +64,35 @@ def check_rows(
         except ValueError as e:
             problem, _, value = str(e).partition("|")
             problems.setdefault(problem, []).append(f"row {i}: {value}")
-    for problem, bad in (problems | _repeated_uid(rows, spec)).items():
-        more = ", …" if len(bad) > 3 else ""
-        raise ValueError(f"{where}: {len(bad)} of {len(rows)} rows have a {problem} ({'; '.join(bad[:3])}{more}; rows "
-                         "count from 0): mend or drop them")
+    _refuse(problems | _repeated_uid(rows, spec), len(rows), where)
     return targets
 
 # %% ../../nbs/rooms/tasks/examples.ipynb #64e09a5a
+def _refuse(problems, n, where):
+    "The first problem there is, as an error."
+    for problem, bad in problems.items():
+        more, hint = ", …" if len(bad) > 3 else "", "" if shows_data() else f"; {SHOW}=1 shows their values"
+        raise ValueError(f"{where}: {len(bad)} of {n} rows have a {problem} ({'; '.join(bad[:3])}{more}; rows count "
+                         f"from 0{hint}): mend or drop them")
+
 def _target(row, spec, parse):
     "A row's target, if its texts are texts."
     for c in spec.fields:
         v = row.get(c)
         if not isinstance(v, str):
-            raise ValueError(f"column {c!r} that is not text|{v!r:.60}")
+            raise ValueError(f"column {c!r} that is not text|{quoted(v)}")
         if not v.strip():
-            raise ValueError(f"column {c!r} that is empty|{v!r:.60}")
+            raise ValueError(f"column {c!r} that is empty|{quoted(v)}")
     return parse(row.get(spec.target))
 
 def _repeated_uid(rows, spec):
     "The problem of rows that have one id, if there are such."
     if spec.uid not in rows[0]:
         return {}
-    uid, n = Counter(str(row.get(spec.uid)) for row in rows).most_common(1)[0]
-    return {f"uid (column {spec.uid!r}) that occurs more than once": [f"{uid} {n} times"]} if n > 1 else {}
+    uids = [str(row.get(spec.uid)) for row in rows]
+    uid, n = Counter(uids).most_common(1)[0]
+    same = [f"row {i}: {quoted(u)}" for i, u in enumerate(uids) if u == uid]
+    return {f"uid (column {spec.uid!r}) that occurs more than once": same} if n > 1 else {}
 
 # %% ../../nbs/rooms/tasks/examples.ipynb #23aaa849
 def render(

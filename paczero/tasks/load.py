@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from ..check import integer
 from .examples import check_rows, render
-from .rows import find_rows
+from .rows import DEVELOPMENT, find_rows
 from .spec import resolve_task
 from .split import eval_rows, set_apart, split_rows
 from .task import count_repeats, Task
@@ -21,10 +21,10 @@ def load_task(
     *,
     seed:int = 0, # of the public permutation, 0 to 2³²−1
     n_train:int = 1000, # size of the pool, n ≥ 1
-    n_dev:int = 500, # size of the development set, ≥ 0
+    n_dev:int = 500, # size of the development set, ≥ 0; at most, where it has rows of its own
     n_eval:int|None = None, # test examples at most; None: as the task says (SQuAD 1000, else all)
-    path = None, # folder with train.* and validation.*; None: the hub, or embedded
-    data = None, # rows instead of a folder: a table, or {"train": table, "validation": table}
+    path = None, # folder with train.*, validation.* and perhaps development.*; None: the hub, or embedded
+    data = None, # rows instead of a folder: a table, or {"train": table, "validation": table, "development": table}
 )->Task:
     "Load, check and split a task; every error comes before any work and says what to do."
     spec = resolve_task(name)
@@ -32,25 +32,53 @@ def load_task(
     integer("n_train", n_train, 1)
     integer("n_dev", n_dev, 0)
     n_eval = spec.n_eval if n_eval is None else integer("n_eval", n_eval, 1)
-    train, test, source = _both_splits(spec, path, data, n_train + n_dev, n_eval)
-    pool, dev = split_rows(len(train["rows"]), n_train, n_dev, seed)
-    parts = dict(pool=render(**train, order=pool, spec=spec), dev=render(**train, order=dev, spec=spec),
-                 test=render(**test, order=eval_rows(len(test["rows"]), n_eval), spec=spec))
-    return _warn_repeats(Task(name=spec.name, kind=spec.kind, options=spec.options, metric=spec.metric, source=source,
-                              seed=int(seed), max_new_tokens=spec.max_new_tokens, stop=spec.stop, **parts))
+    found = _found(spec, path, data, n_train + n_dev, n_eval)
+    parts = _parts(spec, found, seed, n_train, n_dev, n_eval)
+    own = tuple(part for part in found["own"] if parts[part])
+    return _warn(Task(name=spec.name, kind=spec.kind, options=spec.options, metric=spec.metric, own_file=own,
+                      source=found["source"], seed=int(seed), max_new_tokens=spec.max_new_tokens, stop=spec.stop,
+                      **parts))
 
 # %% ../../nbs/rooms/tasks/load.ipynb #e195b52d
-def _both_splits(spec, path, data, wanted, n_eval):
-    "Rows, targets and name of the training and of the evaluation split, all checked; where they are from."
-    rows, others, split, source = find_rows(spec, path, data, wanted)
-    targets = check_rows(rows, spec, f"{source}, train")
-    named = source if path is None else f"folder {Path(path).resolve().name}"
+def _found(spec, path, data, wanted, n_eval):
+    "The splits' rows and targets, all checked; where they are from; which parts share the pool's private rows."
+    rows, others, split, apart, source = find_rows(spec, path, data, wanted)
+    check = lambda rows, split: dict(rows=rows, targets=check_rows(rows, spec, f"{source}, {split}"), split=split)
+    private = data is not None or path is not None and not spec.hub
+    train = check(rows, "train")
+    found = dict(source=source if path is None else f"folder {Path(path).resolve().name}",
+                 own=[part for part, theirs in (("dev", apart), ("test", others)) if private and theirs is None],
+                 dev=None if apart is None else check(apart, DEVELOPMENT))
     if others is not None:
-        test = dict(rows=others, targets=check_rows(others, spec, f"{source}, {split}"), split=split)
-        return dict(rows=rows, targets=targets, split="train"), test, named
-    take = lambda order: dict(rows=[rows[i] for i in order], targets=[targets[i] for i in order])
+        return found | dict(train=train, test=check(others, split))
+    take = lambda order, split: dict(rows=[rows[i] for i in order], targets=[train["targets"][i] for i in order],
+                                     split=split)
     test, rest = set_apart(len(rows), wanted, n_eval)
-    return dict(**take(rest), split="train"), dict(**take(test), split=split), named
+    return found | dict(train=take(rest, "train"), test=take(test, split))
+
+# %% ../../nbs/rooms/tasks/load.ipynb #7d000001
+def _parts(spec, found, seed, n_train, n_dev, n_eval):
+    "The pool, the development set and the test set, as examples."
+    train, test, apart = (found[k] for k in ("train", "test", "dev"))
+    pool, dev = split_rows(len(train["rows"]), n_train, n_dev if apart is None else 0, seed)
+    if apart is not None:
+        dev, _ = split_rows(len(apart["rows"]), min(n_dev, len(apart["rows"])), 0, seed)
+    return dict(pool=render(**train, order=pool, spec=spec), dev=render(**(apart or train), order=dev, spec=spec),
+                test=render(**test, order=eval_rows(len(test["rows"]), n_eval), spec=spec))
+
+# %% ../../nbs/rooms/tasks/load.ipynb #7d000003
+_APART = ("If they are private, too, use public ones in their place: a file development.* (and test.*) beside "
+          "train.*, or data={'train': ..., 'development': ..., 'test': ...}")
+
+def _warn(task):
+    "The task, with a warning for whatever its owner should know of it."
+    names = {"dev": "development", "test": "test"}
+    cut = " and ".join(f"{len(getattr(task, part))} {names[part]} rows" for part in task.own_file)
+    if cut:
+        warnings.warn(f"task {task.name!r}: {cut} were cut from the file or table that the pool is from. They are "
+                      "outside the pool, so the guarantee treats them as public and does not protect them. "
+                      f"{_APART}", stacklevel=3)
+    return _warn_repeats(task)
 
 # %% ../../nbs/rooms/tasks/load.ipynb #e825bd44
 def _warn_repeats(task):
@@ -60,5 +88,5 @@ def _warn_repeats(task):
             use = "chooses the checkpoint" if part == "dev" else "scores the result"
             warnings.warn(f"task {task.name!r}: {n} prompt{'s' * (n > 1)} of the pool {'are' if n > 1 else 'is'} also "
                           f"in the {part} set, which {use}; all are kept: drop repeated rows beforehand to keep the "
-                          "sets apart", stacklevel=3)
+                          "sets apart", stacklevel=4)
     return task

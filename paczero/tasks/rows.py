@@ -9,10 +9,13 @@ __all__ = ['hub_reachable', 'find_rows']
 from collections.abc import Mapping
 from pathlib import Path
 from .embedded import facts, reviews
+from .quote import quoted, shows_data
 from .spec import TASKS
 from .tables import read_table, READERS
 
 # %% ../../nbs/rooms/tasks/rows.ipynb #9eb54ed5
+DEVELOPMENT = "development"     # rows of this split choose the checkpoint
+
 def _split_files(folder, split):
     "train.csv, or the parts train-*.parquet in order; [] if there is none."
     found = {s: sorted(folder.glob(f"{split}{s}")) or sorted(folder.glob(f"{split}-*{s}")) for s in READERS}
@@ -23,17 +26,18 @@ def _split_files(folder, split):
     return next(iter(found.values()), [])
 
 def _read_folder(folder, spec):
-    "Rows of the training split, rows of the evaluation split, name of the latter."
+    "Rows of the training split, of the evaluation split, the latter's name, rows of the development split or None."
     folder = Path(folder)
     _check_is_folder(folder, spec)
-    files = {s: _split_files(folder, s) for s in ("train", *spec.eval_splits)}
+    files = {s: _split_files(folder, s) for s in ("train", *spec.eval_splits, DEVELOPMENT)}
     evaluation = next((s for s in spec.eval_splits if files[s]), None)
     if not files["train"] or not evaluation:
         there = ", ".join(sorted(f.name for f in folder.iterdir())[:12]) or "nothing"
         want = "train" if not files["train"] else " or ".join(spec.eval_splits)
         raise FileNotFoundError(f"folder {str(folder)!r} has no file {want}.* ({', '.join(READERS)}); it has {there}")
     read = lambda split: [row for f in files[split] for row in read_table(f)]
-    return read("train"), read(evaluation), evaluation
+    apart = files[DEVELOPMENT] and DEVELOPMENT != evaluation
+    return read("train"), read(evaluation), evaluation, read(DEVELOPMENT) if apart else None
 
 # %% ../../nbs/rooms/tasks/rows.ipynb #e5c43cad
 def _check_is_folder(folder, spec):
@@ -52,30 +56,40 @@ def _rows(table, where):
     elif hasattr(table, "to_list"): # a datasets.Dataset
         table = table.to_list()
     rows = list(table) if not isinstance(table, (str, bytes, Path, Mapping)) else None
-    odd = (table,) if rows is None else [r for r in rows if not isinstance(r, Mapping)]
+    odd = [(table, "")] if rows is None else [(r, f" as row {i}") for i, r in enumerate(rows)
+                                              if not isinstance(r, Mapping)]
     if odd:
-        as_a_row = "" if rows is None else " as a row"
-        raise TypeError(f"{where} must be a DataFrame or a list of dicts (one a row), got {odd[0]!r:.60}{as_a_row}")
+        row, at = odd[0]
+        raise TypeError(f"{where} must be a DataFrame or a list of dicts (one a row), got {quoted(row)}{at}")
     if not rows:
         raise ValueError(f"{where} has no rows")
     return rows
 
+# %% ../../nbs/rooms/tasks/rows.ipynb #7c0000e2
 def _read_data(data, spec):
-    "Training rows, evaluation rows or None, name of the latter."
+    "Training rows, evaluation rows or None, name of the latter, development rows or None."
     if not isinstance(data, Mapping):
-        return _rows(data, "data"), None, "train"
+        return _rows(data, "data"), None, "train", None
     split = next((s for s in spec.eval_splits if s in data), None)
     if "train" not in data or not split:
-        raise ValueError(f"data has the keys {', '.join(map(repr, data))}; need 'train' and one of {spec.eval_splits}")
-    return _rows(data["train"], "data['train']"), _rows(data[split], f"data[{split!r}]"), split
+        raise ValueError(f"data has {_keys(data, spec)}; need 'train' and one of {spec.eval_splits}")
+    apart = DEVELOPMENT in data and DEVELOPMENT != split
+    read = lambda key: _rows(data[key], f"data[{key!r}]")
+    return read("train"), read(split), split, read(DEVELOPMENT) if apart else None
+
+def _keys(data, spec):
+    "The keys of a dict that should be splits: a single row has its columns there, or its cells."
+    known = [k for k in data if shows_data() or k in ("train", *spec.eval_splits, DEVELOPMENT)]
+    others = [f"{len(data) - len(known)} of other names"] if len(known) < len(data) else []
+    return " and ".join([*(f"the key {k!r}" for k in known), *others]) or "no key"
 
 # %% ../../nbs/rooms/tasks/rows.ipynb #46dbab64
 def _read_embedded(spec, wanted):
-    "Training rows (of facts, as many as are wanted), evaluation rows, name of the latter."
+    "Training rows (of facts, as many as are wanted), evaluation rows, name of the latter, no development rows."
     if spec.name == "reviews":
-        return reviews("train"), reviews("test"), "test"
+        return reviews("train"), reviews("test"), "test", None
     train = facts("train")
-    return (train if len(train) >= wanted else facts("train", n=wanted)), facts("test"), "test"
+    return (train if len(train) >= wanted else facts("train", n=wanted)), facts("test"), "test", None
 
 # %% ../../nbs/rooms/tasks/rows.ipynb #4eae9ad5
 def hub_reachable(
@@ -94,7 +108,7 @@ def hub_reachable(
 
 # %% ../../nbs/rooms/tasks/rows.ipynb #d0635411
 def _read_hub(spec):
-    "Training rows, evaluation rows, name of the evaluation split."
+    "Training rows, evaluation rows, name of the evaluation split, no development rows."
     name = f"{spec.hub}{'/' + spec.config if spec.config else ''}"
     get = (f"`hf download {spec.hub} --repo-type dataset --local-dir DIR` on a machine that reaches the hub, then "
            f"path='DIR/{spec.config or 'plain_text'}'; or any folder with train.* and {spec.eval_splits[0]}.*")
@@ -113,7 +127,7 @@ def _read_hub(spec):
     split = next((s for s in spec.eval_splits if s in data), None)
     if "train" not in data or not split:
         raise ValueError(f"{name} has splits {', '.join(data)}; need train and one of {spec.eval_splits}")
-    return data["train"].to_list(), data[split].to_list(), split
+    return data["train"].to_list(), data[split].to_list(), split, None
 
 # %% ../../nbs/rooms/tasks/rows.ipynb #e2477b78
 def find_rows(
@@ -121,7 +135,7 @@ def find_rows(
     path, # a folder, or None
     data, # rows from memory, or None
     wanted:int, # how many rows pool and development set take
-)->tuple: # training rows, evaluation rows or None, name of the evaluation split, where they are from
+)->tuple: # training rows, evaluation rows or None, its split's name, development rows or None, where they are from
     "A task's rows, wherever they are."
     if path is not None and data is not None:
         raise ValueError("give path or data, not both")
@@ -129,7 +143,7 @@ def find_rows(
         return *_read_data(data, spec), "data"
     if path is not None:
         if not isinstance(path, (str, Path)) or not str(path):
-            raise TypeError(f"path must be a folder, got {path!r}")
+            raise TypeError(f"path must be a folder, got {quoted(path)}")
         return *_read_folder(path, spec), f"folder {path}"
     if spec.name in ("reviews", "facts") and TASKS[spec.name] == spec:
         return *_read_embedded(spec, wanted), "embedded"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 from ..check import integer, nearest
+from .quote import quoted
 
 # %% ../../nbs/rooms/tasks/spec.ipynb #34b8164d
 @dataclass(frozen=True, kw_only=True)
@@ -159,5 +160,6 @@ def resolve_task(
         return name
     if isinstance(name, str) and name in TASKS:
         return TASKS[name]
-    raise ValueError(f"unknown task {name!r}{nearest(name, TASKS)} Known: {', '.join(TASKS)}; "
+    shown = repr(name) if isinstance(name, str) else quoted(name)       # no name: perhaps rows
+    raise ValueError(f"unknown task {shown}{nearest(name, TASKS)} Known: {', '.join(TASKS)}; "
                      "declare your own with TaskSpec(...) and register_task(spec)")

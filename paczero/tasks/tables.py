@@ -9,47 +9,55 @@ __all__ = ['read_table']
 import csv
 import json
 from pathlib import Path
+from .quote import quoted, reading, said, shows_data
 
 # %% ../../nbs/rooms/tasks/tables.ipynb #462fe032
 def _read_parquet(file):
     "Rows of a parquet file."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    try:
-        return pq.read_table(file).to_pylist()
-    except (pa.ArrowException, OSError) as e:
-        raise ValueError(f"{file} is not a readable parquet file: {e}") from None
+    return reading(lambda: pq.read_table(file).to_pylist(), (pa.ArrowException, OSError, UnicodeDecodeError),
+                   lambda e: f"{file} is not a readable parquet file: {said(e)}")
 
+def _header(cells, file):
+    "The names of a csv or tsv file's columns; no two are the same."
+    names = [c.strip() for c in cells]
+    twice = [i for i, name in enumerate(names, 1) if name in names[:i - 1]]
+    if twice:
+        shown = f": {names}" if shows_data() else ""
+        raise ValueError(f"{file}: columns repeat in the header{shown}: column {twice[0]} has the name of column "
+                         f"{names.index(names[twice[0] - 1]) + 1}, counted from 1; give every column a name of its own")
+    return names
+
+# %% ../../nbs/rooms/tasks/tables.ipynb #7c0000f1
 def _read_separated(file, delimiter, quoting):
     "Rows of a csv or tsv file, every one as long as the header."
     with open(file, encoding="utf-8-sig", newline="") as f:
         reader = csv.reader(f, delimiter=delimiter, quoting=quoting, strict=True)
-        try:
-            header, rows = [h.strip() for h in next(reader, [])], []
-            if len(set(header)) < len(header):
-                raise ValueError(f"{file}: columns repeat in the header: {header}")
-            for cells in reader:
-                if cells and len(cells) != len(header):
-                    raise ValueError(f"{file}, line {reader.line_num}: {len(cells)} cells, but the header names "
-                                     f"{len(header)} columns {header}")
-                rows += [dict(zip(header, cells))] if cells else []     # else an empty line
-        except csv.Error as e:
-            raise ValueError(f"{file}, line {reader.line_num}: broken row: {e}") from None
+        step = lambda: reading(lambda: next(reader, None), csv.Error,
+                               lambda e: f"{file}, line {reader.line_num}: broken row: {e}")
+        header, rows = _header(step() or [], file), []
+        while (cells := step()) is not None:
+            if cells and len(cells) != len(header):
+                raise ValueError(f"{file}, line {reader.line_num}: {len(cells)} cells, but the header names "
+                                 f"{len(header)} columns")
+            rows += [dict(zip(header, cells))] if cells else []         # else an empty line
     return rows
 
 # %% ../../nbs/rooms/tasks/tables.ipynb #ad3895fc
+def _why(e):
+    "Where JSON breaks off; these words quote nothing of it."
+    return f"{e.msg} at line {e.lineno}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else said(e)
+
 def _parse_json(text, where):
     "A JSON value, or an error that names the place."
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where}: not JSON: {e}") from None
+    return reading(lambda: json.loads(text), (ValueError, RecursionError), lambda e: f"{where}: not JSON: {_why(e)}")
 
 def _dicts(rows, file):
     "Rows, every one of them an object."
     for i, r in enumerate(rows):
         if not isinstance(r, dict):
-            raise ValueError(f"{file}, row {i}: expected an object with columns, got {r!r:.80}")
+            raise ValueError(f"{file}, row {i}: expected an object with columns, got {quoted(r)}")
     return rows
 
 def _read_jsonl(file):
@@ -72,12 +80,11 @@ def _read_json(file):
 
 def _unnest(articles, file):
     "SQuAD's articles, paragraphs and questions as rows."
-    try:
-        return [dict(id=q["id"], title=a["title"], context=p["context"], question=q["question"],
-                     answers={"text": [x["text"] for x in q["answers"]]})
-                for a in articles for p in a["paragraphs"] for q in p["qas"]]
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"{file}: not in SQuAD's own nesting: {e!r}") from None
+    rows = lambda: [dict(id=q["id"], title=a["title"], context=p["context"], question=q["question"],
+                         answers={"text": [x["text"] for x in q["answers"]]})
+                    for a in articles for p in a["paragraphs"] for q in p["qas"]]
+    missing = lambda e: f"no {e.args[0]!r}" if isinstance(e, KeyError) else said(e)     # one of the names above
+    return reading(rows, (KeyError, TypeError), lambda e: f"{file}: not in SQuAD's own nesting: {missing(e)}")
 
 # %% ../../nbs/rooms/tasks/tables.ipynb #05334692
 READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".json": _read_json,
@@ -96,10 +103,8 @@ def read_table(
         raise FileNotFoundError(f"{file}: no such file")
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty (0 bytes)")
-    try:
-        rows = READERS[file.suffix](file)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{file} is not UTF-8 text: {e}") from None
+    rows = reading(lambda: READERS[file.suffix](file), UnicodeDecodeError,
+                   lambda e: f"{file} is not UTF-8 text: {e.reason} near byte {e.start}")
     if not rows:
         raise ValueError(f"{file} has no rows")
     return rows
