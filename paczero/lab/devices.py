@@ -28,7 +28,7 @@ def with_dtype(
     "The recipe with its number type made explicit."
     if recipe.dtype is not None:
         return recipe
-    half = device.startswith("cuda") and recipe.model != "tiny-opt"
+    half = device.startswith("cuda") and recipe.model != "tiny-opt" and not recipe.method.mechanism.dp
     return recipe.but(dtype="float16" if half else "float32")
 
 # %% ../../nbs/rooms/lab/devices.ipynb #dccb97c6

@@ -32,7 +32,7 @@ class Network:
     track:str = "full" # "full" (all parameters) or "lora"
     lora_rank:int = None # for "lora"
     lora_alpha:float = None # for "lora"
-    dtype:str = None # "float32", "bfloat16", "float16"; None: float32 on a CPU, float16 on a GPU
+    dtype:str = None # "float32", "bfloat16", "float16"; None: float16 on a GPU, unless the run is (ε, δ)-private
 
     def __post_init__(self):
         require(isinstance(self.model, str) and self.model, "model", self.model, "a name")

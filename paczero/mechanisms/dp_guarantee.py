@@ -17,6 +17,10 @@ _ASSUMES = (
     'The pool is sampled as the accountant believes: every example with probability q, independently, afresh at each '
     'step. The mechanism draws the batches itself and refuses others.',
     'The size n of the pool, the development set used to choose a checkpoint, and the test set are treated as public.',
+    'What one example more in a batch does to the rounding of the others is not counted. Runs below float32 are '
+    "refused; in float32 it moved the others' sum by less than 1/10,000 of c (tiny-opt), and a run in one process is "
+    'refused where its public development set shows more than 1/100 of c. Runtime(max_tokens=1) reads each example '
+    'alone, and nothing moves.',
     'Nothing else left the training than the transcript and what is computed from it and from public data.')
 _NOT_COVERED = (
     'More than one example at a time: the guarantee is for adding or removing one example, so a person with several is '

@@ -60,7 +60,8 @@ def _take_shortcuts(self:OptionCrossEntropy, ids):
 @patch
 def _lay_out(self:OptionCrossEntropy, encoded, probe): # (n, options) OptionTokens; those of the public text
     "The sequences that are read, and the example that each belongs to."
-    self.single = all(o.n_option == 1 and o.ids[:-1] == e[0].ids[:-1] for e in encoded for o in e)
+    alone = self.max_tokens == 1 # no example may decide how the others are read
+    self.single = not alone and all(o.n_option == 1 and o.ids[:-1] == e[0].ids[:-1] for e in encoded for o in e)
     if self.single: # one sequence an example serves all options
         self.option_ids = torch.tensor([[o.ids[-1] for o in e] for e in encoded], device=self.device) # (n, options)
         self.sequences, self.example = [e[0].ids[:-1] for e in encoded], np.arange(self.n)

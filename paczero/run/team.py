@@ -31,12 +31,13 @@ class Alone:
     def leave(self, error): "The run broke off."
 
 # %% ../../nbs/rooms/run/team.ipynb #e93968a2
-def task_objectives(team, model, tokenizer, task, runtime)->dict: # "pool", "dev", "test" -> objective
-    "The task's objectives, as this process of the team has them."
-    make = partial(make_objective, model, tokenizer, task, max_tokens=runtime.max_tokens)
+def task_objectives(team, model, tokenizer, task, runtime, alone=False)->dict: # "pool", "dev", "test" -> objective
+    "The task's objectives, as this process of the team has them; `alone`: the pool's examples one at a time."
+    make = lambda k: partial(make_objective, model, tokenizer, task, max_tokens=1 if alone and k == "pool" else
+                             runtime.max_tokens)
     params = [p for _, p in trainable_parameters(model)]
     parts = dict(pool=task.pool, dev=task.dev, test=task.test if runtime.test else None)
-    return {k: team.objective(k, part, make, tokenizer, params) for k, part in parts.items() if part}
+    return {k: team.objective(k, part, make(k), tokenizer, params) for k, part in parts.items() if part}
 
 # %% ../../nbs/rooms/run/team.ipynb #b24ddec9
 class LeadTheta:
