@@ -80,7 +80,7 @@ class Training:
         objectives = task_objectives(team, model, tokenizer, task, runtime)
         self.pool, self.dev, self.test = (objectives.get(k) for k in ("pool", "dev", "test"))
         mechanism.bind(design)
-        description, header = describe_run(model, task, mechanism, config, design)
+        description, header = describe_run(model, task, mechanism, config, design, tokenizer)
         team.same_run(description)
         self.disk = RunFolder(folder, description, header)
         self.theta = team.lead(Theta(params, int(config.seed), config.zo_eps, config.restore))
@@ -232,6 +232,6 @@ def _follow(team, model, tokenizer, task, mechanism, config, runtime)->FineTuneR
     "Every rank but 0: look at a share of the examples, and follow. No mechanism is bound: there is no secret here."
     theta = Theta(trainable_parameters(model), int(config.seed), config.zo_eps, config.restore)
     parts = task_objectives(team, model, tokenizer, task, runtime)
-    description, _ = describe_run(model, task, mechanism, config, config.design_for(task, mechanism))
+    description, _ = describe_run(model, task, mechanism, config, config.design_for(task, mechanism), tokenizer)
     team.follow(theta, parts, model, description)
     return FineTuneResult(model=model)

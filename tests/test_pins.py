@@ -8,7 +8,7 @@ its runs are others and are skipped.
 
 Not pinned: times, memory, the number of cores, versions (torch's in a transcript's first line and opacus's
 in an accountant's name among them), and the links `~` of lines, which times go into; a transcript's file is
-pinned whole by its hash. Runs whose audit seed is fixed are stamped and promise nothing, so what a run with
+pinned whole by its hash, without what its first line names since (`as_pinned`). Runs whose audit seed is fixed are stamped and promise nothing, so what a run with
 a secret of its own promises is pinned by `PAGES`: one step each, after which nothing on the page depends on
 chance.
 """
@@ -37,7 +37,7 @@ from paczero.models import load_model
 from paczero.paper import cell, cells, recipe_for
 from paczero.run.runs import open_runs
 from paczero.tasks import load_task
-from paczero.transcript import Transcript, replay, weights_digest
+from paczero.transcript import Chain, Transcript, replay, weights_digest
 
 HERE = Path(__file__).resolve().parent
 PINS, RECIPES, RESULTS = HERE / "pins.json", HERE / "recipes.json", HERE.parent / "results"
@@ -163,17 +163,31 @@ def moved(model, track):
     return {k: v for k, v in far.items() if v}
 
 
+NAMED_SINCE = {"config", "buffers", "lora_scaling"}  # of a model, and its tokenizer: in first lines since the pins
+
+
+def as_pinned(told):
+    "A description without what it names since the pins were made: configuration, buffers and tokenizer."
+    model = {k: v for k, v in told["model"].items() if k not in NAMED_SINCE}
+    return {k: v for k, v in told.items() if k != "tokenizer"} | dict(model=model)
+
+
 def told(run, folder, result):
     "All that is pinned of a finished run."
+    header, *steps = [{k: v for k, v in e.items() if k != "~"} for e in lines(folder / "transcript.jsonl")]
+    named = {*header["model"], *header} >= {"config", "buffers", "tokenizer"}
+    assert named, "a transcript names its model's configuration and buffers, and its tokenizer"
+    chain = Chain()
+    text = "".join(chain.line(e) for e in (as_pinned(header), *steps))
     exact = dict(
-        transcript=result.transcript.digest,
+        transcript=chain.digest,
         weights=weights_digest(result.model),
-        file=hashlib.sha256((folder / "transcript.jsonl").read_bytes()).hexdigest(),
+        file=hashlib.sha256(text.encode()).hexdigest(),
     )
     metrics = json.loads((folder / "metrics.json").read_text())
     out = dict(
-        config=json.loads((folder / "config.json").read_text()),
-        transcript=lines(folder / "transcript.jsonl"),
+        config=as_pinned(json.loads((folder / "config.json").read_text())),
+        transcript=[json.loads(line) for line in text.splitlines()],
         ledger=lines(folder / "ledger.jsonl"),
         guarantee=(folder / "guarantee.md").read_text(),
         metrics=metrics,
@@ -183,7 +197,8 @@ def told(run, folder, result):
         history=list(result.history.columns),
         looks=list(result.evaluations.columns),
     )
-    return dict(plain(out, {exact["transcript"]: "TRANSCRIPT", exact["weights"]: "WEIGHTS"}), exact=exact)
+    names = {result.transcript.digest: "TRANSCRIPT", exact["weights"]: "WEIGHTS"}
+    return dict(plain(out, names), exact=exact)
 
 
 def machine():
@@ -293,7 +308,7 @@ def test_transcript_and_weights_have_the_same_digests_on_the_same_machine(run):
 def test_a_folder_gives_its_run_and_its_weights_again(run):
     got, _, folder, track = run
     loaded = load_result(folder)
-    assert loaded.transcript.digest == got["exact"]["transcript"]
+    assert loaded.transcript.digest == json.loads((folder / "metrics.json").read_text())["transcript_digest"]
     with one_thread(folder):
         again = replay(load_model("tiny-opt", track=track)[0], loaded.transcript)
     assert weights_digest(again) == got["exact"]["weights"]

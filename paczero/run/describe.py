@@ -14,7 +14,8 @@ from .. import __version__
 from ..directions import z_fingerprint
 from ..models.lora import trainable_parameters
 from ..objectives.forward import causal_lm
-from ..transcript import FORMAT, weights_digest
+from ..transcript import buffers_identity, effective_config, FORMAT, lora_scaling, tokenizer_identity
+from ..transcript import weights_digest
 
 try: import resource
 except ImportError: resource = None      # Windows
@@ -35,14 +36,15 @@ def peak_memory(device)->int: # bytes
 
 # %% ../../nbs/rooms/run/describe.ipynb #a33e8d32
 def describe_model(model)->dict:
-    "The model as the transcript names it: no path of this machine, but a digest of every weight."
+    "The model as the transcript names it: no path of this machine, but a digest of every weight, and the function."
     lm, params = causal_lm(model), trainable_parameters(model)
     name = str(getattr(model, "paczero", {}).get("model") or lm.config._name_or_path or lm.config.model_type)
     return dict(
         name=Path(name).name if Path(name).is_dir() else name, architecture=lm.config.model_type,
         track="lora" if lm is not model else "full", dtype=_type(lm.dtype),
         trainable=sum(p.numel() for _, p in params), trainable_dtype=_type(params[0][1].dtype),
-        weights=weights_digest(model), **_adapter(model, lm))
+        weights=weights_digest(model), config=effective_config(model), buffers=buffers_identity(model),
+        **_adapter(model, lm))
 
 def _type(dtype): return str(dtype).split(".")[-1]
 
@@ -51,7 +53,8 @@ def _adapter(model, lm)->dict:
     if lm is model: return {}
     c, made = model.peft_config[model.active_adapter], getattr(model, "paczero", {})
     seed = {k: v for k, v in made.items() if k == "lora_seed"}
-    return dict(lora_rank=c.r, lora_alpha=c.lora_alpha, lora_targets=sorted(c.target_modules), **seed)
+    return dict(lora_rank=c.r, lora_alpha=c.lora_alpha, lora_targets=sorted(c.target_modules),
+                lora_scaling=lora_scaling(model), **seed)
 
 def _source(model)->dict:
     "Where the weights came from, unless that is a folder of this machine."
@@ -59,10 +62,11 @@ def _source(model)->dict:
     return {} if not source or source.startswith("folder ") else dict(source=source)
 
 # %% ../../nbs/rooms/run/describe.ipynb #d5a58134
-def describe_run(model, task, mechanism, config, design): # (config.json, the transcript's first line)
+def describe_run(model, task, mechanism, config, design, tokenizer=None): # (config.json, transcript's first line)
     "All that must be the same when a run goes on, and the part of it that is public."
     shared = dict(model=describe_model(model), design=design.to_dict(), mechanism=mechanism.describe(),
                   directions=_directions(int(config.seed), trainable_parameters(model)[0][1].device))
+    if tokenizer is not None: shared["tokenizer"] = tokenizer_identity(tokenizer)
     private = dict(recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions())
     return dict(shared, **private, **_source(model)), dict(shared, format=FORMAT, update=config.update)
 

@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['canonical', 'Chain', 'ChainedLog', 'lock_folder', 'MAX_BYTES', 'MAX_LINE', 'read_lines', 'read_log',
            'TranscriptError', 'check_header', 'FORMAT', 'Transcript', 'coefficients', 'replay', 'take_step',
-           'weights_digest']
+           'weights_digest', 'as_recorded', 'buffers_identity', 'check_identity', 'effective_config', 'lora_scaling',
+           'NOT_RECORDED', 'tokenizer_identity']
 
 # %% ../../nbs/rooms/transcript/index.ipynb #0e6dbcf3
+from .identity import as_recorded, buffers_identity, check_identity, effective_config
+from .identity import lora_scaling, NOT_RECORDED, tokenizer_identity
 from .log import canonical, Chain, ChainedLog, lock_folder, MAX_BYTES, MAX_LINE
 from .log import read_lines, read_log, TranscriptError
 from .record import check_header, FORMAT, Transcript
@@ -17,4 +20,6 @@ from .weights import coefficients, replay, take_step, weights_digest
 _all_ = [
     "canonical", "Chain", "ChainedLog", "lock_folder", "MAX_BYTES", "MAX_LINE", "read_lines", "read_log",
     "TranscriptError", "check_header", "FORMAT", "Transcript", "coefficients", "replay", "take_step", "weights_digest",
+    "as_recorded", "buffers_identity", "check_identity", "effective_config", "lora_scaling", "NOT_RECORDED",
+    "tokenizer_identity",
 ]

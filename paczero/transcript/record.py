@@ -13,6 +13,7 @@ from ..directions import z_fingerprint
 from ..mechanisms.registry import make_mechanism
 from ..schedule import SCHEDULES
 from ..subsets import SubsetDesign
+from .identity import NOT_RECORDED
 from .log import read_log, TranscriptError
 
 # %% ../../nbs/rooms/transcript/record.ipynb #648f3368
@@ -54,6 +55,10 @@ def check_header(
     for part, field in (("directions", "z"), ("directions", "device"), ("model", "weights")):
         v = header[part].get(field)
         _need(isinstance(v, str), f"line 1: {field} must be text, got {v!r}")
+    model = header["model"]
+    for part, v in dict(tokenizer=header.get("tokenizer", {}), config=model.get("config", {}),
+                        buffers=model.get("buffers", {})).items():            # none of them in older transcripts
+        _need(isinstance(v, dict), f"line 1: {part} must be an object, got {type(v).__name__}")
 
 # %% ../../nbs/rooms/transcript/record.ipynb #bcad3dd9
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +160,8 @@ def verify(self:Transcript,
     out = {"digest as published": "no digest given" if digest is None else digest == self.digest,
            "subset design": _design_agrees(self.header["design"], max_design),
            "directions": _directions_agree(self.header["directions"], device),
-           "finished": self.end is not None and len(self) <= self.header["update"]["steps"]}
+           "finished": self.end is not None and len(self) <= self.header["update"]["steps"],
+           "configuration named": "config" in self.header["model"] or NOT_RECORDED,
+           "tokenizer named": "tokenizer" in self.header or NOT_RECORDED}
     if ledger is not None: out["ledger"] = _ledger_agrees(self, ledger, max_design)
     return out

@@ -10,6 +10,7 @@ import hashlib
 from ..directions import Theta, z_fingerprint
 from ..models.lora import trainable_parameters
 from ..schedule import learning_rate
+from .identity import check_identity
 from .log import TranscriptError
 from .record import Transcript
 
@@ -52,10 +53,12 @@ def replay(
     model, # the base model as `load_model` gave it: same weights, track and type as in the transcript
     transcript:Transcript,
     steps:int=None, # how many steps; None: to the step that the development set chose, or to the end
+    tokenizer=None, # the model's, to be compared with that of the run; None: not compared
 ):
     "Turn the base model into the fine-tuned one, bit for bit on the same kind of device. Changes and returns it."
     h, params = transcript.header, trainable_parameters(model)
     _check_base(model, h, params[0][1].device)
+    check_identity(h, model, tokenizer)
     n = steps if steps is not None else transcript.end["best_step"] if transcript.end else len(transcript)
     if not 0 <= n <= len(transcript):
         raise ValueError(f"steps must be from 0 to {len(transcript)}, got {n}")
@@ -63,6 +66,8 @@ def replay(
     for t, y in enumerate(transcript.releases[:n]): take_step(theta, t, y, h["update"])
     return model
 
+
+# %% ../../nbs/rooms/transcript/weights.ipynb #4dbddade
 def _check_base(model, h, device):
     "Refuse other weights than the transcript starts from, and a device that draws other directions."
     m, d, digest = h["model"], h["directions"], weights_digest(model)
