@@ -20,6 +20,7 @@ from .run.describe import describe_run
 from .run.diary import Diary, step_logs
 from .run.folder import hold_secret, RunFolder
 from .run.ledger import evaluations_frame, history_frame
+from .run.mark import draws_once
 from .run.outcome import FineTuneResult, load_result as load_result, run_metrics
 from .run.rounding import warn_of_eps, warn_of_rounding
 from .run.team import task_objectives, together
@@ -72,7 +73,7 @@ def _finite(ghat, t, theta):
 # %% ../nbs/rooms/finetune.ipynb #d54e03ce
 class Training:
     "One run in progress."
-    def __init__(self, team, model, tokenizer, task, mechanism, config, runtime, folder, callbacks):
+    def __init__(self, team, model, tokenizer, task, mechanism, config, runtime, folder, callbacks, keep):
         self.team, self.model, self.task, self.mechanism = team, model, task, mechanism
         self.config, self.runtime, self.diary = config, runtime, Diary(mechanism.secret_batches, config)
         design, params = config.design_for(task, mechanism), trainable_parameters(model)
@@ -82,7 +83,7 @@ class Training:
         mechanism.bind(design)
         description, header = describe_run(model, task, mechanism, config, design, tokenizer)
         team.same_run(description)
-        self.disk = RunFolder(folder, description, header)
+        self.disk = RunFolder(folder, description, header, keep and draws_once(mechanism))
         self.theta = team.lead(Theta(params, int(config.seed), config.zo_eps, config.restore))
         self.best = BestWeights(self.theta, config.select, folder)
         self.cb = Callbacks(callbacks, model, tokenizer, config, runtime, folder, self.device)
@@ -107,7 +108,7 @@ def before(self:Training)->dict:
 def resume(self:Training)->int: # steps that were already done
     "Bring model, ledger, posterior and best weights to where the log ends."
     steps, seen = self.disk.steps, {e["at"]: e["dev"]["loss"] for e in self.disk.evaluations}
-    if not self.over: hold_secret(self.mechanism, self.disk.path, resumed=bool(steps))
+    if not self.over: hold_secret(self.mechanism, self.disk)
     if steps: self.mechanism.restore([r for e in steps for r in e["releases"]])
     for t, e in enumerate(steps):
         take_step(self.theta, t, [r["scalar"] for r in e["releases"]], self.config.update)
@@ -163,7 +164,7 @@ def _begin(self:Training, done:int):
 @patch
 def finish(self:Training, before:dict)->FineTuneResult:
     "Choose, evaluate, write everything down."
-    disk, secret = self.disk, self.mechanism.needs_secret
+    disk = self.disk
     self.best.load()
     self.team.settle(self.model, self.theta.params)
     after = self.test.evaluate() if self.test else {}
@@ -174,7 +175,7 @@ def finish(self:Training, before:dict)->FineTuneResult:
                 evaluations=evaluations_frame(disk.ledger.entries))
     metrics = run_metrics(self, before, after, **told)
     result = FineTuneResult(model=self.model, metrics=metrics, folder=disk.path, **told)
-    disk.write_outcome(result, weights=self.runtime.save_weights, has_secret=secret)
+    disk.write_outcome(result, weights=self.runtime.save_weights)
     return result
 
 # %% ../nbs/rooms/finetune.ipynb #a71ee5be
@@ -194,18 +195,18 @@ def finetune(
     given = (model, tokenizer, task, mechanism, config, runtime)
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="paczero-") as tmp:
-            return replace(_run(given, tmp, callbacks), folder=None)
+            return replace(_run(given, tmp, callbacks, keep=False), folder=None)
     return _run(given, folder, callbacks)
 
 # %% ../nbs/rooms/finetune.ipynb #d91d1c04
-def _run(given, folder, callbacks)->FineTuneResult:
+def _run(given, folder, callbacks, keep=True)->FineTuneResult:
     "In one process or several: the first leads, and the others follow."
     model, _, _, mechanism, _, runtime = given
     device = trainable_parameters(model)[0][1].device
     with together(device, runtime.patience, runtime.parallel) as team:
         team.check(mechanism)
         if team.rank: return _follow(team, *given)
-        return _lead(Training(team, *given, folder, callbacks))
+        return _lead(Training(team, *given, folder, callbacks, keep))
 
 def _lead(run:Training)->FineTuneResult:
     "From wherever the log ends to the end."

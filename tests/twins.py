@@ -4,6 +4,7 @@ Their secrets have the same sign in every noisy release, so the releases are equ
 """
 import copy
 import hashlib
+import itertools
 import json
 import pickle
 import re
@@ -14,6 +15,7 @@ import numpy as np
 
 from paczero.mechanisms import Release
 from paczero.mechanisms.secret import OSEntropy
+from paczero.run import folder
 from paczero.transcript import read_log
 
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
@@ -35,8 +37,9 @@ def bits(self, k, where):
 
 
 def fix(index, put=setattr):
-    "Coins and noise as told, the secret as told, clocks and the memory meter stopped. Nothing else knows of the test."
+    "Coins and noise as told, the secret as told, clocks and the memory meter stopped, runs numbered. Nothing else knows."
     put(OSEntropy, "bits", bits)
+    put(folder, "new_name", map("{:032x}".format, itertools.count()).__next__)
     put(OSEntropy, "below", lambda self, m, where: index)
     for name, room in list(sys.modules.items()):
         if name.startswith("paczero."):

@@ -6,11 +6,12 @@
 __all__ = ['config_differences', 'RunFolder', 'secret_file', 'hold_secret']
 
 # %% ../../nbs/rooms/run/folder.ipynb #625f6489
-import hashlib, json, os
+import json, warnings
 from pathlib import Path
 from fastcore.basics import patch
 from ..check import read_json_object, write_atomically
 from .ledger import check_ledger, released
+from .mark import gone, kept_file, Mark, new_name, state_folder
 from ..transcript import canonical, ChainedLog, lock_folder, TranscriptError
 
 # %% ../../nbs/rooms/run/folder.ipynb #199c39fe
@@ -35,18 +36,26 @@ class RunFolder:
         path, # the run's folder; made when it is not there
         config:dict, # everything that must be the same when the run goes on
         header:dict, # the transcript's first line
+        keep:bool=False, # its steps must not be drawn twice: what that takes is kept outside
     ):
-        self.path = Path(path)
+        self.path, self.keep, self.logs = Path(path), keep, []
+        if keep: state_folder(path)     # refused, where it lies in the run's folder
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(self.path)
         try:
             self._begin(json.loads(canonical(config)))
-            self.ledger = ChainedLog(self.path/"ledger.jsonl")
-            self.transcript = ChainedLog(self.path/"transcript.jsonl")
-            self._reconcile(json.loads(canonical(header)))
+            self.ledger = self._held(ChainedLog(self.path/"ledger.jsonl", private=True))
+            self.transcript = self._held(ChainedLog(self.path/"transcript.jsonl"))
+            self._compare(json.loads(canonical(header)))        # before anything in them is changed
+            self.mark = self._marked()
+            self._level(json.loads(canonical(header)))
         except BaseException:
-            self.lock.release()
+            self.close()
             raise
+
+    def _held(self, log):
+        self.logs.append(log)
+        return log
 
 # %% ../../nbs/rooms/run/folder.ipynb #7bd83a76
 @patch
@@ -71,25 +80,55 @@ def _begin(self:RunFolder, config):
 
 # %% ../../nbs/rooms/run/folder.ipynb #b3916ba1
 @patch
-def _reconcile(self:RunFolder, header):
-    "Bring the transcript level with the ledger: at most the last release is missing from it."
+def _compare(self:RunFolder, header):
+    "Refuse logs that are not of this run, or do not tell the same story; nothing is written."
     check_ledger(self.ledger.entries, self.path/"ledger.jsonl")
-    if not self.transcript.entries: self.transcript.append(header)
-    if self.transcript.entries[0] != header:
+    if self.transcript.entries and self.transcript.entries[0] != header:
         raise ValueError("the transcript's first line differs from this run: "
                          + "; ".join(config_differences(self.transcript.entries[0], header)))
-    booked, public = [released(e["releases"]) for e in self.steps], self.published
-    for t, y in enumerate(booked[len(public):], len(public)):
-        self.transcript.append({"t": t, "y": y})
-    if self.published != booked:
-        counts = f"{len(self.published)} and {len(booked)} steps"
+    public, booked = self.published, self.booked
+    if public != booked[:len(public)]:
+        counts = f"{len(public)} and {len(booked)} steps"
         raise TranscriptError(f"{self.path}: transcript and ledger do not tell the same story ({counts}); "
-                              "one of them was changed or exchanged")
+                              "one of them was changed or exchanged; nothing was written")
+
+@patch
+def _level(self:RunFolder, header):
+    "Bring the transcript level with the ledger: at most the last release is missing from it."
+    if not self.transcript.entries: self.transcript.append(header)
+    for t, y in enumerate(self.booked[len(self.published):], len(self.published)):
+        self.transcript.append({"t": t, "y": y})
 
 @patch(as_prop=True)
 def published(self:RunFolder)->list: # of lists of K numbers
     "What the transcript has of each step."
     return [e["y"] for e in self.transcript.entries[1:] if "y" in e]
+
+@patch(as_prop=True)
+def booked(self:RunFolder)->list: # of lists of K numbers
+    "What the ledger has of each step, as the transcript tells it."
+    return [released(e["releases"]) for e in self.steps]
+
+# %% ../../nbs/rooms/run/folder.ipynb #bdb1f679
+@patch
+def _marked(self:RunFolder): # Mark; None: nothing is drawn any more, or may be drawn again, or nothing is kept
+    "The mark outside the folder: begun with a fresh run; else the ledger must go on from it."
+    if not self.keep or "end" in (self.transcript.entries or [{}])[-1]: return None
+    if not self.ledger.entries: self.ledger.append({"run": new_name()})
+    file = kept_file(self.path, "mark")
+    if self.steps and (file is None or not file.exists()):
+        if file is None or "run" in self.ledger.entries[0]: raise gone(self.path, file)
+        warnings.warn(f"{self.path}: an older version began this run, and kept no mark of how far it came: that its "
+                      "folder is no restored copy cannot be checked up to here", stacklevel=2)
+    return None if file is None else self._held(Mark(file, self.ledger))
+
+@patch
+def forget(self:RunFolder):
+    "The run is over: remove what is kept of it outside."
+    if not self.keep: return
+    if self.mark: self.mark.close()
+    for kind in ("mark", "secret"):
+        if file := kept_file(self.path, kind): file.unlink(missing_ok=True)
 
 # %% ../../nbs/rooms/run/folder.ipynb #19e3f3fa
 @patch(as_prop=True)
@@ -104,40 +143,35 @@ def evaluations(self:RunFolder)->list: # of dict: {"at": t, "dev": {...}}
 
 @patch
 def write_step(self:RunFolder, t:int, releases, diagnostics:dict):
-    "Book, then publish; both on the disk when this returns."
+    "Mark, then book, then publish; all on the disk when this returns."
     records = [r.to_record() for r in releases]
-    self.ledger.append({"t": t, "releases": records, "diagnostics": diagnostics})
+    line = {"t": t, "releases": records, "diagnostics": diagnostics}
+    if self.mark: self.mark.ahead(line)
+    self.ledger.append(line)
     self.transcript.append({"t": t, "y": released(records)})
 
 @patch
 def close(self:RunFolder):
     "Let go of the folder."
-    self.ledger.close()
-    self.transcript.close()
+    for log in self.logs: log.close()
     self.lock.release()
 
 # %% ../../nbs/rooms/run/folder.ipynb #cd2d540f
 def secret_file(
     folder, # the run's folder
-):
-    "Where the secret of an unfinished run is kept, outside its folder; None where the user switched that off."
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home()/".local"/"state")
-    root = Path(os.environ.get("PACZERO_STATE_DIR") or state/"paczero")
-    if str(root) == "off": return None
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    name = hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:32]
-    return root/f"{name}.secret"
+): # Path; None where the user switched that off
+    "Where the secret of an unfinished run is kept, outside its folder."
+    return kept_file(folder, "secret")
 
-def hold_secret(mechanism, folder, resumed:bool):
+def hold_secret(
+    mechanism, # bound
+    disk:RunFolder, # the run's
+):
     "Keep the secret of a fresh run, or fetch that of a resumed one."
-    if not mechanism.needs_secret: return
-    file = secret_file(folder)
-    if resumed:
-        if file is None or not file.exists():
-            gone = file or "its file (PACZERO_STATE_DIR=off)"
-            raise RuntimeError(f"this run has a secret and {gone} is gone, so it cannot go on: start afresh in another "
-                               "folder. What it released stays released; add its ledger to whatever you do next with "
-                               "this pool")
+    if not (mechanism.needs_secret and disk.keep): return
+    file = secret_file(disk.path)
+    if disk.steps:
+        if file is None or not file.exists(): raise gone(disk.path, file)
         mechanism.load_secret(file)
     elif file is not None:
         file.unlink(missing_ok=True)

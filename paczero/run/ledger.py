@@ -6,7 +6,7 @@
 __all__ = ['check_ledger', 'released', 'evaluations_frame', 'history_frame']
 
 # %% ../../nbs/rooms/run/ledger.ipynb #7495a876
-import math
+import math, re
 from ..check import is_number
 from ..mechanisms.release import Release
 from ..transcript import TranscriptError
@@ -26,6 +26,10 @@ def _check_line(e, t):
         raise ValueError("neither a step nor an evaluation")
     return False
 
+def _is_name(e):
+    "Whether a line is the run's name."
+    return list(e) == ["run"] and isinstance(e["run"], str) and re.fullmatch("[0-9a-f]{32}", e["run"])
+
 # %% ../../nbs/rooms/run/ledger.ipynb #90c7a700
 def check_ledger(
     entries, # lines, in their order
@@ -34,6 +38,7 @@ def check_ledger(
     "Refuse a ledger with a line that `finetune` does not write."
     t = 0
     for i, e in enumerate(entries, 1):
+        if i == 1 and _is_name(e): continue
         try: t += _check_line(e, t)
         except (ValueError, KeyError, TypeError) as x:
             raise TranscriptError(f"{path}, line {i}: not a line of a ledger ({str(x)[:200]})") from None

@@ -162,7 +162,8 @@ def test_twins(pair, monkeypatch, capfd, recwarn, tmp_path):
     a, b, noisy = pair
     assert a != b and noisy >= 1
     one = everything(monkeypatch, capfd, recwarn, tmp_path / "same", a)
-    (tmp_path / "same").rename(tmp_path / "before")                       # the same path for both
+    for path in (tmp_path / "same", tmp_path / "state"):                  # the same paths and names for both
+        path.rename(path.with_suffix(".before"))
     two = everything(monkeypatch, capfd, recwarn, tmp_path / "same", b)
     assert one.keys() == two.keys() and len(one) > 100
     differ = {k: first_differences(one[k], two[k]) for k in one if one[k] != two[k]}
@@ -235,7 +236,7 @@ def watcher(state, seen):
     class Watch(TrainerCallback):
         def on_step_end(self, args, state_, control, **kw):
             modes = lambda p: (p.stat().st_mode & 0o777, p.parent.stat().st_mode & 0o777)
-            seen[:] = [(p, *modes(p)) for p in state.glob("*")]
+            seen[:] = [(p, *modes(p), p.read_bytes()) for p in sorted(state.glob("*"))]
 
     return Watch
 
@@ -264,10 +265,13 @@ def haystack(result, mechanism, folder, release, said):
 
 def test_needle(needle, capfd, tmp_path):
     "A real secret among 65,536 subsets is found nowhere."
-    result, mechanism, folder, index, _ = needle
+    result, mechanism, folder, index, seen = needle
     text, packed = needles(index)
     save_release(result, None, tmp_path / "release")
-    for k, v in haystack(result, mechanism, folder, tmp_path / "release", capfd.readouterr()).items():
+    hay = haystack(result, mechanism, folder, tmp_path / "release", capfd.readouterr())
+    hay["mark"], = (data for p, _, _, data in seen if p.suffix == ".mark")
+    assert hay["mark"].count(b'"releases"') == 4
+    for k, v in hay.items():
         assert not text.search(v), (k, text.search(v))
         if k.endswith((".parquet", ".pickle")):
             assert not any(p in v for p in packed[:1] + packed[2:3]), k
@@ -278,10 +282,10 @@ def test_needle(needle, capfd, tmp_path):
 def test_the_secrets_file_is_private_and_temporary(needle):
     "Kept outside the run's folder while it is needed, readable by nobody else, gone afterwards."
     _, _, folder, _, seen = needle
-    (file, mode, around), = seen
-    assert mode == 0o600 and folder not in file.parents and not file.exists()
-    if os.name == "posix":
-        assert around & 0o077 == 0
+    assert [file.suffix for file, *_ in seen] == [".mark", ".secret"]
+    for file, mode, around, _ in seen:
+        assert mode == 0o600 and folder not in file.parents and not file.exists()
+        assert os.name != "posix" or around & 0o077 == 0
 
 
 class Stop(TrainerCallback):
@@ -297,5 +301,21 @@ def test_no_secret_is_kept_where_none_is_wanted(tmp_path, monkeypatch):
     assert secret_file(tmp_path) is None
     with pytest.raises(KeyboardInterrupt):
         go(MIBudget(budget=0.1, steps=STEPS), tmp_path / "run", callbacks=[Stop])
+    assert not list(tmp_path.rglob("*.secret")) and not list(tmp_path.rglob("*.mark"))
     with pytest.raises(RuntimeError, match="cannot go on"):
         go(MIBudget(budget=0.1, steps=STEPS), tmp_path / "run")
+
+
+def test_a_run_in_memory_leaves_no_secret(state):
+    "Nobody can go on with it, however it ended."
+    held = []
+
+    class Look(Stop):
+        def on_step_end(self, args, state_, control, **kw):
+            held.extend(state.glob("*"))
+            super().on_step_end(args, state_, control, **kw)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(MIBudget(budget=0.1, steps=STEPS), callbacks=[Look])
+    go(MIBudget(budget=0.1, steps=STEPS))
+    assert not held and not list(state.glob("*"))
