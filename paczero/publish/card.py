@@ -10,6 +10,7 @@ import yaml
 from ..check import is_number
 from ..markup import md, md_code, one_line
 from .base import base_name, copies_note, known_base, load_arguments
+from ..run.outcome import own_file_note
 
 # %% ../../nbs/rooms/publish/card.ipynb #08e16eee
 def _front_matter(header, covered, license, datasets):
@@ -95,7 +96,9 @@ def model_card(
     title = title or f"{base.rpartition('/')[2]} fine-tuned on {m.get('task', 'a task')}"
     promise = g.markdown().replace("\n## ", "\n### ").replace("# Privacy guarantee", "## Privacy guarantee", 1)
     licence = "" if license or known else "\n## Licence\n\nThat of the base model; it is not stated here.\n"
+    public = " ".join(filter(None, ["Scores on the development and test sets, which are treated as public.",
+                                    own_file_note(m)]))
     return (f"---\n{_front_matter(t.header, g.covered, license, datasets)}---\n\n# {md(title)}\n\n"
             f"{_no_guarantee(g)}{_story(result, what, base)}{promise}\n"
-            f"## Scores\n\n{_scores(m)}\n\nScores on the development and test sets, which are treated as public.\n\n"
+            f"## Scores\n\n{_scores(m)}\n\n{public}\n\n"
             f"{_rebuild(t, base)}{licence}")

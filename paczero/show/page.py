@@ -34,7 +34,8 @@ def _spent(m:dict)->str:
 def _bound(m:dict)->str:
     "What it bounds."
     if not m["guarantee_covers"]: return "no bound: not private"
-    return f"at most {m['posterior_bound']:.4g} (prior {m['prior']:g})"
+    text = f", {m['text_prior']:.4g} of a text that the pool has several times" if m.get("text_prior") else ""
+    return f"at most {m['posterior_bound']:.4g} (prior {m['prior']:g}{text})"
 
 # %% ../../nbs/rooms/show/page.ipynb #00000009
 def release_summary(

@@ -73,10 +73,10 @@ _APART = ("If they are private, too, use public ones in their place: a file deve
 def _warn(task):
     "The task, with a warning for whatever its owner should know of it."
     names = {"dev": "development", "test": "test"}
-    cut = " and ".join(f"{len(getattr(task, part))} {names[part]} rows" for part in task.own_file)
+    cut = [f"{n} {names[part]} row{'s' * (n != 1)}" for part in task.own_file if (n := len(getattr(task, part)))]
     if cut:
-        warnings.warn(f"task {task.name!r}: {cut} were cut from the file or table that the pool is from. They are "
-                      "outside the pool, so the guarantee treats them as public and does not protect them. "
+        warnings.warn(f"task {task.name!r}: {' and '.join(cut)} were cut from the file or table that the pool is from. "
+                      "They are outside the pool, so the guarantee treats them as public and does not protect them. "
                       f"{_APART}", stacklevel=3)
     return _warn_repeats(task)
 
