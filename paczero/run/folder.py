@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from ..check import read_json_object, write_atomically
 from .ledger import check_ledger, released
 from .mark import gone, kept_file, Mark, new_name, state_folder
-from ..transcript import canonical, ChainedLog, lock_folder, TranscriptError
+from ..transcript import as_recorded, canonical, ChainedLog, lock_folder, TranscriptError
 
 # %% ../../nbs/rooms/run/folder.ipynb #199c39fe
 def config_differences(
@@ -69,7 +69,7 @@ def _begin(self:RunFolder, config):
         try: old = read_json_object(file)
         except ValueError as e:
             raise TranscriptError(f"{self.path/str(e)}; the run cannot go on safely") from None
-        if diff := config_differences(old, config):
+        if diff := config_differences(old, self._known_then(old, config)):
             raise ValueError(f"{self.path} holds an unfinished run of another kind; it cannot go on as this one. "
                              "Different: " + "; ".join(diff))
     elif any((self.path/f).exists() for f in ("ledger.jsonl", "transcript.jsonl")):
@@ -78,14 +78,24 @@ def _begin(self:RunFolder, config):
     else:
         write_atomically(file, json.dumps(config, indent=1, sort_keys=True) + "\n")
 
+# %% ../../nbs/rooms/run/folder.ipynb #20afbb67
+@patch
+def _known_then(self:RunFolder, old, config)->dict:
+    "What is asked for now, as the version that began the run would have described it."
+    known = as_recorded(old, config)
+    if known != config:
+        warnings.warn(f"{self.path}: an older version began this run, and recorded neither its model's configuration "
+                      "nor its tokenizer: whether they are still the same cannot be checked", stacklevel=2)
+    return known
+
 # %% ../../nbs/rooms/run/folder.ipynb #b3916ba1
 @patch
 def _compare(self:RunFolder, header):
     "Refuse logs that are not of this run, or do not tell the same story; nothing is written."
     check_ledger(self.ledger.entries, self.path/"ledger.jsonl")
-    if self.transcript.entries and self.transcript.entries[0] != header:
-        raise ValueError("the transcript's first line differs from this run: "
-                         + "; ".join(config_differences(self.transcript.entries[0], header)))
+    first = self.transcript.entries[0] if self.transcript.entries else header
+    if diff := config_differences(first, as_recorded(first, header)):
+        raise ValueError("the transcript's first line differs from this run: " + "; ".join(diff))
     public, booked = self.published, self.booked
     if public != booked[:len(public)]:
         counts = f"{len(public)} and {len(booked)} steps"

@@ -177,6 +177,6 @@ def as_recorded(
 )->dict: # `new`, or what an older version would have said of it
     "What is asked for now, without what a run that an older version began never recorded."
     model = old.get("model")
-    if not isinstance(model, dict) or "config" in model: return new
+    if not isinstance(model, dict) or "config" in model or "model" not in new: return new
     kept = {k: v for k, v in new["model"].items() if k not in _NAMES or k in model}
     return {k: v for k, v in new.items() if k != "tokenizer" or k in old} | dict(model=kept)
