@@ -27,7 +27,7 @@ _NOT_COVERED = (
     'protected less.',
     'Facts about a population that the examples share: learning them is what training is for.',
     'This run chosen among several on the same pool, as in a hyper-parameter search: the ε and δ of all of them '
-    'compose, and nothing here adds them up.',
+    'compose (paczero.accounts says to what).',
     'Side channels: running time, which tells the size of a batch, power, memory, logs of other software, and that a '
     'run stopped with an error.',
     "The last bits of floating-point noise: it is rounded to a coarse grid, which is a safeguard and not a proof; and "
