@@ -22,7 +22,7 @@ from .run.folder import hold_secret, RunFolder
 from .run.ledger import evaluations_frame, history_frame
 from .run.mark import draws_once
 from .run.outcome import FineTuneResult, load_result as load_result, run_metrics
-from .run.rounding import warn_of_eps, warn_of_rounding
+from .run.rounding import one_at_a_time, refuse_coarse, refuse_wobble, warn_of_eps, warn_of_rounding
 from .run.team import task_objectives, together
 from .transcript import coefficients, take_step, Transcript, weights_digest
 
@@ -71,6 +71,10 @@ def _finite(ghat, t, theta):
     return ghat
 
 # %% ../nbs/rooms/finetune.ipynb #d54e03ce
+def _read_alone(mechanism, task):
+    "Whether the pool is read one example at a time: a generated answer's score jumps where rounding turns a token."
+    return mechanism.dp and task.kind == "generation"
+
 class Training:
     "One run in progress."
     def __init__(self, team, model, tokenizer, task, mechanism, config, runtime, folder, callbacks, keep):
@@ -78,7 +82,7 @@ class Training:
         self.config, self.runtime, self.diary = config, runtime, Diary(mechanism.secret_batches, config)
         design, params = config.design_for(task, mechanism), trainable_parameters(model)
         self.device = params[0][1].device
-        objectives = task_objectives(team, model, tokenizer, task, runtime)
+        objectives = task_objectives(team, model, tokenizer, task, runtime, _read_alone(mechanism, task))
         self.pool, self.dev, self.test = (objectives.get(k) for k in ("pool", "dev", "test"))
         mechanism.bind(design)
         description, header = describe_run(model, task, mechanism, config, design, tokenizer)
@@ -155,10 +159,18 @@ def _begin(self:Training, done:int):
     self.cb.told_again(self.disk.evaluations)
     due = done % c.eval_every == 0 or done == c.steps
     if due and done not in seen: self.look(done)
-    if not done and self.team.size == 1 and self.dev.metric == "accuracy":
-        some = list(range(min(64, len(self.task.dev))))
-        look = lambda t: differences(self.theta, lambda: self.dev.losses(some), t)[0]
-        warn_of_eps(self.theta, look, causal_lm(self.model).dtype)
+    if not done and self.team.size == 1 and self.dev.metric == "accuracy": self._try_rounding()
+
+@patch
+def _try_rounding(self:Training):
+    "What rounding does to some public examples: warned of, or refused, before the first step."
+    some, mechanism = list(range(min(64, len(self.task.dev)))), self.mechanism
+    look = lambda losses: lambda t: differences(self.theta, losses, t)[0]
+    together = look(lambda: self.dev.losses(some))
+    warn_of_eps(self.theta, together, causal_lm(self.model).dtype)
+    if mechanism.dp and mechanism.secret_batches:
+        alone = look(lambda: one_at_a_time(self.dev, some))
+        refuse_wobble(self.theta, together, alone, self.config.clip, mechanism.sample_rate * len(self.task.pool))
 
 # %% ../nbs/rooms/finetune.ipynb #d05d4e2d
 @patch
@@ -192,6 +204,7 @@ def finetune(
 )->FineTuneResult:
     "Fine-tune `model` on the task's pool, releasing what `mechanism` allows, and nothing else."
     config.check_plan(mechanism, task)
+    refuse_coarse(mechanism, model)
     given = (model, tokenizer, task, mechanism, config, runtime)
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="paczero-") as tmp:
@@ -232,7 +245,7 @@ def interrupted(self:Training, error):
 def _follow(team, model, tokenizer, task, mechanism, config, runtime)->FineTuneResult:
     "Every rank but 0: look at a share of the examples, and follow. No mechanism is bound: there is no secret here."
     theta = Theta(trainable_parameters(model), int(config.seed), config.zo_eps, config.restore)
-    parts = task_objectives(team, model, tokenizer, task, runtime)
+    parts = task_objectives(team, model, tokenizer, task, runtime, _read_alone(mechanism, task))
     description, _ = describe_run(model, task, mechanism, config, config.design_for(task, mechanism), tokenizer)
     team.follow(theta, parts, model, description)
     return FineTuneResult(model=model)

@@ -1,7 +1,7 @@
 """DPZero, DP-AggZO and mini-batch MeZO in the one loop: replayed, resumed, stamped; nothing of a batch is written."""
 import json
-import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,10 +9,10 @@ from transformers import TrainerCallback
 
 from paczero import publish, show
 from paczero.accounts import accounts
-from paczero.finetune import FineTuneConfig, finetune, load_result
+from paczero.finetune import FineTuneConfig, finetune, load_result, Runtime
 from paczero.mechanisms import NonPrivate, ZPL
 from paczero.models import load_model
-from paczero.objectives import OptionCrossEntropy
+from paczero.objectives import GenerationF1, OptionCrossEntropy
 from paczero.tasks import load_task
 from paczero.transcript import Transcript, replay, weights_digest
 
@@ -59,8 +59,10 @@ def test_what_is_spent_is_epsilon(run):
     assert m["mi_spent"] is None and m["mi_bound"] is None and m["unanimity"] is None
     assert m["examples_forwarded"] == 2 * k * 4 * 6
     assert {"epsilon", "delta", "sample_rate", "noise_multiplier", "clip"} <= set(m["mechanism"])
-    row = accounts(folder.parent).runs.iloc[0]
-    assert row.counted == math.inf and "not nats" in row.note
+    books = accounts(folder.parent)
+    row = books.runs.iloc[0]
+    assert (row.counted, row.epsilon, row.delta) == (0, mechanism.booked, 1e-5) and "no nats" in row.note
+    assert (books.dp.epsilon, books.posterior_bound) == (mechanism.booked, dp_posterior_bound(mechanism.booked, 1e-5))
 
 
 def test_the_guarantee_speaks_of_differential_privacy(run):
@@ -95,7 +97,8 @@ def test_empty_batches(restore, task, tmp_path, monkeypatch):
     seen, real = [], OptionCrossEntropy.scores
 
     def scores(self, rows=None):
-        seen.append(None if rows is None else len(rows))
+        if self.n == len(task.pool):
+            seen.append(None if rows is None else len(rows))
         return real(self, rows)
 
     monkeypatch.setattr(OptionCrossEntropy, "scores", scores)
@@ -176,3 +179,33 @@ def test_pages_speak_of_epsilon(three):
     run = three[0][0]
     assert "ε = " in show.release_summary(run).loc["spent"].iloc[0]
     assert "differentially private" in publish.model_card(run)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mechanism", [m for m, _ in BASELINES], ids=["dpzero", "dp-aggzo"])
+def test_half_precision_is_refused_before_a_folder_is_made(mechanism, dtype, task, tmp_path):
+    config = FineTuneConfig(**CONFIG, k=mechanism.directions)
+    with pytest.raises(ValueError, match=f"dtype = {dtype} rounds so coarsely"):
+        finetune(*load_model("tiny-opt", dtype=dtype), task, mechanism, config, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_epsilon_that_drowns_in_rounding_is_refused(task, tmp_path):
+    with pytest.raises(ValueError, match=r"Runtime\(max_tokens=1\)"):
+        go(DPZero(**PLAN), task, tmp_path / "run", zo_eps=1e-6)
+    alone = Runtime(max_tokens=1)
+    config = FineTuneConfig(**CONFIG, zo_eps=1e-6)
+    finetune(*load_model("tiny-opt"), task, DPZero(**PLAN), config, folder=tmp_path / "alone", runtime=alone)
+
+
+def test_generated_answers_are_read_one_at_a_time(tmp_path):
+    "F1 jumps where rounding turns a token, so no neighbour may have a say in it."
+    facts, sizes, real = load_task("facts", seed=0, n_train=40, n_dev=6, n_eval=6), [], GenerationF1._answers
+
+    def answers(self, group):
+        sizes.append((self.n == 40, sum(len(b.index) for b in group)))
+        return real(self, group)
+
+    with mock.patch.object(GenerationF1, "_answers", answers):
+        go(DPZero(**PLAN | dict(sample_rate=0.5)), facts, tmp_path / "run")
+    assert {size for pool, size in sizes if pool} == {1} < {size for pool, size in sizes}
