@@ -37,7 +37,7 @@ def bits(self, k, where):
 
 
 def fix(index, put=setattr):
-    "Coins and noise as told, the secret as told, clocks and the memory meter stopped, runs numbered. Nothing else knows."
+    "Coins, noise and secret as told, clocks and the memory meter stopped, runs numbered. Nothing else knows of it."
     put(OSEntropy, "bits", bits)
     put(folder, "new_name", map("{:032x}".format, itertools.count()).__next__)
     put(OSEntropy, "below", lambda self, m, where: index)

@@ -156,7 +156,8 @@ def outcome(folder):
     clock = ("seconds", "seconds_per_step", "peak_memory_bytes")
     metrics = json.loads((folder / "metrics.json").read_text())
     same = {name: (folder / name).read_bytes() for name in ("transcript.jsonl", "evaluations.csv", "config.json")}
-    return dict(same, ledger=[without_clock(e) for e in read_log(folder / "ledger.jsonl")[0]],
+    ledger = [without_clock(e) for e in read_log(folder / "ledger.jsonl")[0] if "run" not in e]     # a run's own name
+    return dict(same, ledger=ledger,
                 metrics={k: v for k, v in metrics.items() if k not in clock})
 
 
