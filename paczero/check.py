@@ -179,12 +179,13 @@ def refuse_link(
 @contextmanager
 def replacing(
     path, # the file
+    private:bool=False, # mode 600, whatever the umask
 ): # a file beside it, open for writing bytes
     "Write a whole file or none of it: beside it first, synced, then renamed."
     path = refuse_link(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    fd = os.open(part, flags, 0o666)
+    fd = os.open(part, flags, 0o600 if private else 0o666)
     try:
         with os.fdopen(fd, "w+b") as f:
             yield f
@@ -199,10 +200,11 @@ def replacing(
 def write_atomically(
     path, # the file
     text:str, # all of it
+    private:bool=False, # mode 600, whatever the umask
 ):
     "Write a text as a whole file, or none of it."
     data = text.encode("utf-8")
-    with replacing(path) as f:
+    with replacing(path, private) as f:
         f.write(data)
 
 # %% ../nbs/rooms/check.ipynb #d632def7

@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from ..check import read_json_object, write_atomically
 from .ledger import check_ledger, released
 from .mark import gone, kept_file, Mark, new_name, state_folder
+from .visibility import owner_only
 from ..transcript import as_recorded, canonical, ChainedLog, lock_folder, TranscriptError
 
 # %% ../../nbs/rooms/run/folder.ipynb #199c39fe
@@ -76,7 +77,7 @@ def _begin(self:RunFolder, config):
         raise TranscriptError(f"{self.path} has a ledger or transcript but no config.json: what they belong to is not "
                               "known; nothing was overwritten")
     else:
-        write_atomically(file, json.dumps(config, indent=1, sort_keys=True) + "\n")
+        write_atomically(file, json.dumps(config, indent=1, sort_keys=True) + "\n", owner_only(file.name))
 
 # %% ../../nbs/rooms/run/folder.ipynb #20afbb67
 @patch

@@ -16,6 +16,7 @@ from .describe import peak_memory, versions
 from .folder import RunFolder
 from .ledger import evaluations_frame, history_frame
 from .record import Run
+from .visibility import owner_only
 from ..subsets import SubsetDesign
 from ..transcript import replay, Transcript, TranscriptError
 
@@ -105,7 +106,8 @@ def write_outcome(self:RunFolder,
     "Everything that a finished run leaves, `metrics.json` last."
     stamp, digest = result.guarantee.stamp, result.transcript.digest
     result.history.attrs["stamp"] = stamp      # travels in the parquet file's metadata
-    with replacing(self.path/"diagnostics.parquet") as f: result.history.to_parquet(f)
+    with replacing(self.path/"diagnostics.parquet", owner_only("diagnostics.parquet")) as f:
+        result.history.to_parquet(f)
     stamped = result.evaluations.assign(stamp=stamp) if stamp else result.evaluations
     write_atomically(self.path/"evaluations.csv", stamped.to_csv(index=False))
     note = f"\n{own}\n" if (own := own_file_note(result.metrics)) else ""
@@ -113,7 +115,8 @@ def write_outcome(self:RunFolder,
     write_atomically(self.path/"guarantee.md", page)
     if weights: _write_weights(result.model, self.path/"weights")
     self.forget()
-    write_atomically(self.path/"metrics.json", json.dumps(result.metrics, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(result.metrics, indent=1, allow_nan=False) + "\n"
+    write_atomically(self.path/"metrics.json", text, owner_only("metrics.json"))
 
 def _write_weights(model, folder):
     "The model in its standard format, moved into the folder as a whole."
