@@ -24,6 +24,7 @@ from .run.mark import draws_once
 from .run.outcome import FineTuneResult, load_result as load_result, run_metrics
 from .run.rounding import one_at_a_time, refuse_coarse, refuse_wobble, warn_of_eps, warn_of_rounding
 from .run.team import task_objectives, together
+from .run.watch import Watch
 from .transcript import coefficients, take_step, Transcript, weights_digest
 
 _all_ = ["FineTuneConfig", "Runtime", "FineTuneResult", "load_result"]      # importable from here, too
@@ -54,9 +55,11 @@ def step(
     "One step of PACZero: perturb, look, perturb back, look, release, write it down, update."
     start, c = time.perf_counter(), run.config
     rows = run.mechanism.batch(len(run.task.pool))                          # None: the whole pool
-    ghat, loss = differences(run.theta, lambda: run.pool.losses(rows), t, c.k)      # (K, n)
+    seen, loss = differences(run.theta, lambda: run.watch.losses(run.pool, rows), t, c.k)
+    ghat = seen if rows is None else seen[:, :len(rows)]                    # (K, n)
     releases = run.mechanism.step(ghat, clip=c.clip)              # clip, M subset means, one bit a direction
     run.disk.write_step(t, releases, run.diary.entry(t, ghat, loss, time.perf_counter() - start))
+    run.watch.see(t, seen, releases, rows)                                  # nobody, but for who asked to
     a = coefficients(t, [r.scalar for r in releases], c.update)             # lr_t · y / K
     if t == 0: warn_of_rounding(run.theta, a, c.lr)
     run.theta.update(t, a)                                                  # θ − Σ a z
@@ -90,7 +93,8 @@ class Training:
         self.disk = RunFolder(folder, description, header, keep and draws_once(mechanism))
         self.theta = team.lead(Theta(params, int(config.seed), config.zo_eps, config.restore))
         self.best = BestWeights(self.theta, config.select, folder)
-        self.cb = Callbacks(callbacks, model, tokenizer, config, runtime, folder, self.device)
+        self.cb = Callbacks(callbacks, model, tokenizer, config, runtime, folder, self.device,
+                            mechanism.secret_batches)
 
 # %% ../nbs/rooms/finetune.ipynb #415aa6a2
 @patch(as_prop=True)
@@ -201,6 +205,7 @@ def finetune(
     folder=None, # where artefacts go, and where an unfinished run goes on; None: nothing is kept on disk
     callbacks=(), # TrainerCallbacks of `transformers`: classes or objects
     runtime:Runtime=Runtime(),
+    watch:Watch=Watch(), # is told each step's private numbers: `paczero.audit.LeaveOneOut()`, or one of your own
 )->FineTuneResult:
     "Fine-tune `model` on the task's pool, releasing what `mechanism` allows, and nothing else."
     config.check_plan(mechanism, task)
@@ -208,25 +213,28 @@ def finetune(
     given = (model, tokenizer, task, mechanism, config, runtime)
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="paczero-") as tmp:
-            return replace(_run(given, tmp, callbacks, keep=False), folder=None)
-    return _run(given, folder, callbacks)
+            return replace(_run(given, tmp, callbacks, watch, keep=False), folder=None)
+    return _run(given, folder, callbacks, watch)
 
 # %% ../nbs/rooms/finetune.ipynb #d91d1c04
-def _run(given, folder, callbacks, keep=True)->FineTuneResult:
+def _run(given, folder, callbacks, watch, keep=True)->FineTuneResult:
     "In one process or several: the first leads, and the others follow."
     model, _, _, mechanism, _, runtime = given
     device = trainable_parameters(model)[0][1].device
     with together(device, runtime.patience, runtime.parallel) as team:
         team.check(mechanism)
         if team.rank: return _follow(team, *given)
-        return _lead(Training(team, *given, folder, callbacks, keep))
+        return _lead(Training(team, *given, folder, callbacks, keep), watch)
 
-def _lead(run:Training)->FineTuneResult:
+def _lead(run:Training, watch)->FineTuneResult:
     "From wherever the log ends to the end."
     try:
-        before, done = run.before(), run.resume()
+        run.watch, before, done = watch, run.before(), run.resume()
+        watch.begin(run, done)
         run.train(done)
-        return run.finish(before)
+        result = run.finish(before)
+        watch.end(result)
+        return result
     except BaseException as e:
         run.interrupted(e)
         raise

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['clopper_pearson', 'mean_interval', 'log_likelihood', 'ledger_releases', 'posterior_path', 'posterior',
            'leaked_information', 'membership_success', 'agreement', 'true_secret', 'LogisticPool', 'play',
-           'AuditReport', 'audit', 'auc', 'pool_membership_attack', 'example_losses']
+           'AuditReport', 'audit', 'auc', 'pool_membership_attack', 'example_losses', 'attack_pool', 'guess_success',
+           'LeaveOneOutReport', 'pool_posterior', 'Witness', 'attack_run', 'LeaveOneOut']
 
 # %% ../../nbs/rooms/audit/index.ipynb #00000002
 from .intervals import clopper_pearson, mean_interval
@@ -14,10 +15,13 @@ from .success import agreement, leaked_information, membership_success, true_sec
 from .problem import LogisticPool, play
 from .report import AuditReport, audit
 from .pool import auc, example_losses, pool_membership_attack
+from .leave_one_out import attack_pool, guess_success, LeaveOneOutReport, pool_posterior, Witness
+from .watch import attack_run, LeaveOneOut
 
 # %% ../../nbs/rooms/audit/index.ipynb #00000003
 _all_ = [
     "clopper_pearson", "mean_interval", "log_likelihood", "ledger_releases", "posterior_path", "posterior",
     "leaked_information", "membership_success", "agreement", "true_secret", "LogisticPool", "play",
-    "AuditReport", "audit", "auc", "pool_membership_attack", "example_losses",
+    "AuditReport", "audit", "auc", "pool_membership_attack", "example_losses", "attack_pool", "guess_success",
+    "LeaveOneOutReport", "pool_posterior", "Witness", "attack_run", "LeaveOneOut",
 ]

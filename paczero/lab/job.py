@@ -46,7 +46,7 @@ def _parameters(row, attrs, device, data):
     "What papermill passes to the notebook."
     home, path = Path(attrs["results_dir"]).resolve(), find_data(data, row.task)
     out = dict(cell=(MINIATURE if attrs["set"] == "miniature" else "") + row.run_id, run_id=row.run_id,
-               results_dir=".", reference=False, **attrs["overrides"])
+               results_dir=".", reference=False, control=False, **attrs["overrides"])
     if "mechanism" in out:
         out["mechanism"] = relocated(out["mechanism"], home)          # the cell runs there
     if device:

@@ -100,10 +100,11 @@ def plot_scores(
 # %% ../../nbs/rooms/show/run.ipynb #00000012
 def readable_scores(
     results, # FineTuneResults, the private run first
+    names=None, # as for `score_table`
 ):
     "`score_table` with units and words in it (a DataFrame)."
     import pandas as pd
-    t, metric = score_table(results), {"accuracy": "accuracy", "f1": "F1"}[results[0].metrics["metric"]]
+    t, metric = score_table(results, names), {"accuracy": "accuracy", "f1": "F1"}[results[0].metrics["metric"]]
 
     def bound(r):
         if r.key == "before": return "–"
