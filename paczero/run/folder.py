@@ -9,7 +9,7 @@ __all__ = ['config_differences', 'RunFolder', 'secret_file', 'hold_secret']
 import json, warnings
 from pathlib import Path
 from fastcore.basics import patch
-from ..check import read_json_object, write_atomically
+from ..check import read_json_object, refuse_link, write_atomically
 from .ledger import check_ledger, released
 from .mark import gone, kept_file, Mark, new_name, state_folder
 from .visibility import owner_only
@@ -30,6 +30,10 @@ def config_differences(
         elif a != b: out.append(f"{prefix}{k}: {a!r} -> {b!r}")
     return out
 
+# %% ../../nbs/rooms/run/folder.ipynb #bcf3137f
+_WRITTEN = (".lock", "config.json", "ledger.jsonl", "transcript.jsonl", "diagnostics.parquet", "evaluations.csv",
+            "guarantee.md", "weights", "metrics.json")
+
 # %% ../../nbs/rooms/run/folder.ipynb #ca9bbb9a
 class RunFolder:
     "A run on disk: opened fresh or to go on, held by this process alone."
@@ -42,6 +46,7 @@ class RunFolder:
         self.path, self.keep, self.logs = Path(path), keep, []
         if keep: state_folder(path)     # refused, where it lies in the run's folder
         self.path.mkdir(parents=True, exist_ok=True)
+        for name in _WRITTEN: refuse_link(self.path/name)       # now, not at the end of a long run
         self.lock = lock_folder(self.path)
         try:
             self._begin(json.loads(canonical(config)))
