@@ -220,7 +220,7 @@ def audit_secret(self:Mechanism)->int: # index of the secret subset
     return self._secret.pick(range(self.design.m))
 
 # %% ../../nbs/rooms/mechanisms/base.ipynb #2fafa89e
-_ORIGINS = dict(none='none is drawn, for none is needed',
+ORIGINS = dict(none='none is drawn, for none is needed',
                 drawn="drawn uniformly from the operating system's entropy, kept in memory only",
                 loaded="drawn uniformly from the operating system's entropy, kept in a file that nobody else has read",
                 lost="drawn uniformly from the operating system's entropy, and gone with the process that held it")
@@ -233,7 +233,7 @@ def guarantee(self:Mechanism)->Guarantee:
         raise RuntimeError(f"{self.name}: bind a SubsetDesign first: the guarantee depends on it")
     d, led = self.design, self.ledger
     facts = dict(mechanism=repr(self), private=self.private, n=d.n, m=d.m, design=d.kind, prior=d.prior,
-                 text_prior=d.text_prior, secret=_ORIGINS[self._origin], releases=led.count,
+                 text_prior=d.text_prior, secret=ORIGINS[self._origin], releases=led.count,
                  mi_budget=led.budget, mi_spent=led.spent)
     if not self.private or self.audited:
         return Guarantee(**facts, mi=None, posterior_bound=1.0, subset_bound=1.0, epsilon=None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..markup import md_code
 from ..models.load import load_model
 from ..models.names import MODELS, ModelSpec, resolve_model
-from ..transcript import TranscriptError, weights_digest
+from ..transcript import check_identity, TranscriptError, weights_digest
 
 # %% ../../nbs/rooms/publish/base.ipynb #1112b8b5
 _LICENCES = {"tiny-opt": "mit", "smollm2-135m": "apache-2.0"}
@@ -70,7 +70,7 @@ def load_base(
     base=None, # where the base model is; None: as its name says
     device:str="cpu",
 )->tuple: # model and tokenizer
-    "The base model as the run started from it, its digest checked."
+    "The base model as the run started from it: its digest, configuration, buffers and tokenizer checked."
     spec, kw, want = _spec(header, base), load_arguments(header), header["model"]["weights"]
     if kw.get("lora_targets") is not None:
         kw["lora_targets"] = list(kw["lora_targets"])
@@ -78,6 +78,8 @@ def load_base(
     seeds = (kw.pop("seed"), 0) if lora else (0,)              # of LoRA's A: the run's own seed, or the default
     for seed in dict.fromkeys(s for s in seeds if isinstance(s, int)):
         model, tokenizer = load_model(spec, device=device, seed=seed, **kw)
-        if (got := weights_digest(model)) == want: return model, tokenizer
+        if (got := weights_digest(model)) == want:
+            check_identity(header, model, tokenizer)
+            return model, tokenizer
     raise TranscriptError(f"the base model {spec.name!r} has digest {got[:16]}…, but the run started from "
                           f"{want[:16]}…: another revision, type or adapter; pass base=")

@@ -10,6 +10,7 @@ import yaml
 from ..check import is_number
 from ..markup import md, md_code, one_line
 from .base import base_name, copies_note, known_base, load_arguments
+from .promise import promise_text
 from ..run.outcome import own_file_note
 
 # %% ../../nbs/rooms/publish/card.ipynb #08e16eee
@@ -56,7 +57,7 @@ def _story(result, what, base):
 # %% ../../nbs/rooms/publish/card.ipynb #d595683e
 _REBUILD = """```python
 from paczero.publish import load_release
-model, tokenizer = load_release("folder of this release")      # checks every digest
+model, tokenizer = load_release("folder of this release")      # checks every digest, and the promise
 ```
 
 By hand, from the transcript alone:
@@ -94,11 +95,10 @@ def model_card(
     t, m, g = result.transcript, result.metrics, result.guarantee
     base, known = base_name(t.header)
     title = title or f"{base.rpartition('/')[2]} fine-tuned on {m.get('task', 'a task')}"
-    promise = g.markdown().replace("\n## ", "\n### ").replace("# Privacy guarantee", "## Privacy guarantee", 1)
     licence = "" if license or known else "\n## Licence\n\nThat of the base model; it is not stated here.\n"
     public = " ".join(filter(None, ["Scores on the development and test sets, which are treated as public.",
                                     own_file_note(m)]))
     return (f"---\n{_front_matter(t.header, g.covered, license, datasets)}---\n\n# {md(title)}\n\n"
-            f"{_no_guarantee(g)}{_story(result, what, base)}{promise}\n"
+            f"{_no_guarantee(g)}{_story(result, what, base)}{promise_text(g)}\n"
             f"## Scores\n\n{_scores(m)}\n\n{public}\n\n"
             f"{_rebuild(t, base)}{licence}")

@@ -6,11 +6,12 @@
 __all__ = ['load_release']
 
 # %% ../../nbs/rooms/publish/read.ipynb #9d16c081
+import warnings
 from pathlib import Path
 from ..models.load import load_model
 from .base import load_base
-from .files import check_release, read_release
-from ..transcript import replay, TranscriptError, weights_digest
+from .promise import check_whole
+from ..transcript import check_identity, replay, TranscriptError, weights_digest
 
 # %% ../../nbs/rooms/publish/read.ipynb #4ab7d7db
 def _load_adapter(model, folder):
@@ -31,7 +32,7 @@ def _load(folder, what, t, base, device):
     if what == "weights":
         return load_model(folder, dtype=t.header["model"].get("dtype"), device=device)
     model, tokenizer = load_base(t.header, base, device)
-    if what == "transcript": replay(model, t)
+    if what == "transcript": replay(model, t, tokenizer=tokenizer)
     else: _load_adapter(model, folder)
     return model, tokenizer
 
@@ -41,14 +42,18 @@ def load_release(
     *,
     base=None, # the base model, where its name does not find it: a folder, or a hub id; not needed for weights
     device:str=None, # None: for a transcript the kind of device it ran on, else "cpu"
+    words:bool=True, # False: of what is promised the numbers alone are checked, for a release of another version
 )->tuple: # model and tokenizer, as from `load_model`
     "The fine-tuned model of a release, checked against the transcript: loaded, or rebuilt by replay."
     folder = Path(folder)
-    what, t = read_release(folder)["what"], check_release(folder)
+    t, d = check_whole(folder, words)
+    what = d["what"]
     device = device or (t.header["directions"]["device"] if what == "transcript" else "cpu")
     model, tokenizer = _load(folder, what, t, base, device)
     got, want = weights_digest(model), t.end["weights"]
     if got != want:
         raise TranscriptError(f"{folder}: these are not the weights that the transcript ends with ({got[:16]}…, not "
                               f"{want[:16]}…)")
+    for what in check_identity(t.header, model, tokenizer):
+        warnings.warn(f"{folder}: could not be checked: {what}", stacklevel=2)
     return model, tokenizer

@@ -11,8 +11,9 @@ from pathlib import Path
 from ..check import refuse_link, workplace, write_atomically
 from .base import base_name
 from .card import model_card
-from .files import check_no_places, check_release, FORMAT, WHAT
-from ..transcript import ChainedLog, TranscriptError, weights_digest
+from .files import check_no_places, FORMAT, WHAT
+from .promise import check_whole
+from ..transcript import ChainedLog, check_identity, TranscriptError, weights_digest
 
 # %% ../../nbs/rooms/publish/write.ipynb #3dc9f8d1
 _PLACES = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
@@ -38,6 +39,7 @@ def _check_model(result, tokenizer, what):
     if weights_digest(result.model) != result.transcript.end["weights"]:
         raise ValueError("the model is no longer the one that this run ended with (it was changed since): "
                          "load_result(folder, model=base) rebuilds it")
+    check_identity(result.transcript.header, result.model, tokenizer)
 
 def _write_model(result, tokenizer, folder):
     "The model and its tokenizer in their standard formats."
@@ -86,7 +88,7 @@ def save_release(
     with workplace(folder) as work:
         if what != "transcript": _write_model(result, tokenizer, work)
         _write_records(result, work, what, card)
-        check_release(work)
+        check_whole(work)
         if refuse_link(folder).exists(): folder.rmdir()      # an empty one
         return work.rename(folder)
 
@@ -99,7 +101,7 @@ def _check_repo(repo_id):
 
 def _upload(folder, repo_id, private, api, message):
     "Upload a release's folder, checked."
-    check_release(folder)
+    check_whole(folder)
     check_no_places(folder)
     if api is None:
         from huggingface_hub import HfApi
