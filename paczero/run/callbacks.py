@@ -11,7 +11,7 @@ from fastcore.basics import patch
 # %% ../../nbs/rooms/run/callbacks.ipynb #56b685bf
 class Callbacks:
     "The `transformers` callback protocol around this loop."
-    def __init__(self, callbacks, model, tokenizer, config, runtime, folder, device):
+    def __init__(self, callbacks, model, tokenizer, config, runtime, folder, device, secret_batches=False):
         from transformers import TrainerControl, TrainerState, TrainingArguments
         from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
         self.args = TrainingArguments(
@@ -21,6 +21,7 @@ class Callbacks:
             metric_for_best_model="eval_loss", greater_is_better=False, seed=int(config.seed) % 2**32)
         self.state = TrainerState(max_steps=config.steps, num_train_epochs=config.steps, eval_steps=config.eval_every,
                                   logging_steps=runtime.logging_steps)
+        self.state.secret_batches = secret_batches      # whoever shows something asks: times tell their sizes
         self.control = TrainerControl()
         self.handler = CallbackHandler([DefaultFlowCallback, *callbacks], model, tokenizer, None, None)
 
