@@ -76,13 +76,13 @@ _FIELDS = {
         PUBLIC: f"{_HEADER} format t update.k update.lr update.lr_schedule update.restore update.steps update.zo_eps",
         AFTER: "y end.best_step end.weights ~",
         POOL: "design.text_prior"},
-    "guarantee.md": {PUBLIC: _GUARANTEE, POOL: "mi_spent text_prior", AFTER: "digest"},
+    "guarantee.md": {PUBLIC: _GUARANTEE, POOL: "mi_spent text_prior once_bound", AFTER: "digest"},
     "evaluations.csv": {PUBLIC: "step stamp", AFTER: "accuracy loss f1 exact_match"},
     "release.json": {
         PUBLIC: "format what model.* covered scores.test_before scores.test_before.* "
                 + _within("guarantee", _GUARANTEE),
         AFTER: "digest weights scores.test_after scores.test_after.* scores.dev_after scores.dev_after.*",
-        POOL: "guarantee.mi_spent guarantee.text_prior"}}
+        POOL: "guarantee.mi_spent guarantee.text_prior guarantee.once_bound"}}
 
 # %% ../../nbs/rooms/run/visibility.ipynb #5d1c100b
 _FIELDS |= {
@@ -98,7 +98,8 @@ _FIELDS |= {
                 "prior mi_bound posterior_bound guarantee_covers stamp forward_passes examples_forwarded "
                 "epsilon_spent delta cut_from_own_file.dev cut_from_own_file.test device cpus machine versions.*",
         AFTER: "test_after test_after.* dev_after dev_after.* best_step transcript_digest weights_digest",
-        POOL: "unanimity releases releases.* mi_spent pool_tokens seconds seconds_per_step peak_memory_bytes"},
+        POOL: "unanimity releases releases.* mi_spent text_prior once_bound pool_tokens seconds seconds_per_step "
+              "peak_memory_bytes"},
     "ledger.jsonl": {
         PUBLIC: "run t at test_before test_before.* stamp diagnostics.lr",
         AFTER: "dev.* releases.sign releases.scalar releases.r",

@@ -11,6 +11,7 @@ from paczero.information import posterior_bound
 from paczero.mechanisms import make_mechanism
 from paczero.models import load_model
 from paczero.publish import load_release, model_card, save_release
+from paczero.run.visibility import LEVELS, field_level, fields_of
 from paczero.subsets import KINDS, SubsetDesign
 from paczero.tasks import TaskSpec, load_task
 from paczero.transcript import Transcript
@@ -64,6 +65,9 @@ def test_the_bound_on_a_repeated_text_starts_at_its_own_prior(mechanism, tmp_pat
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["text_prior"] == prior
     assert Transcript.load(tmp_path / "run" / "transcript.jsonl").header["design"]["text_prior"] == prior
     assert accounts(tmp_path).posterior_bound == posterior_bound(nats, prior)
+    for name in ("metrics.json", "config.json"):
+        written = json.loads((tmp_path / "run" / name).read_text())
+        assert {field_level(name, f) for f in fields_of(written)} <= set(LEVELS)      # every field has its level
 
 
 def test_a_release_promises_the_same(tmp_path):
