@@ -6,12 +6,14 @@
 __all__ = ['model_card']
 
 # %% ../../nbs/rooms/publish/card.ipynb #e9ae73a0
+from dataclasses import replace
 import yaml
 from ..check import is_number
 from ..markup import md, md_code, one_line
 from .base import base_name, copies_note, known_base, load_arguments
 from .promise import promise_text
 from ..run.outcome import own_file_note
+from ..run.visibility import pool_is_private, public_part
 
 # %% ../../nbs/rooms/publish/card.ipynb #08e16eee
 def _front_matter(header, covered, license, datasets):
@@ -39,6 +41,11 @@ def _scores(metrics):
             if is_number(v)]
     if not rows: return "Not evaluated."
     return "\n".join(["| score | |", "|---|---|", *(f"| {md(k)} | {v:.4f} |" for k, v in rows)])
+
+def _public(result):
+    "The run, with those of its metrics that may leave."
+    strict = pool_is_private(result.transcript.header["mechanism"])
+    return replace(result, metrics=public_part("metrics.json", result.metrics, strict))
 
 def _no_guarantee(g):
     "The first line of a card that promises nothing; empty where the guarantee covers the run."
@@ -92,6 +99,7 @@ def model_card(
     title:str=None, # None: from model and task
 )->str:
     "The model card: front matter, what is promised in full, scores, digest, and how to rebuild the model."
+    result = _public(result)
     t, m, g = result.transcript, result.metrics, result.guarantee
     base, known = base_name(t.header)
     title = title or f"{base.rpartition('/')[2]} fine-tuned on {m.get('task', 'a task')}"

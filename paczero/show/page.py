@@ -8,6 +8,7 @@ __all__ = ['FILES', 'recipe_table', 'release_summary', 'file_table']
 # %% ../../nbs/rooms/show/page.ipynb #00000002
 from pathlib import Path
 from ..lab.recipe import Recipe
+from ..run.visibility import file_level, pool_is_private
 
 # %% ../../nbs/rooms/show/page.ipynb #00000005
 def recipe_table(
@@ -50,9 +51,10 @@ def release_summary(
             "posterior of a membership attack": _bound(m),
             "transcript": f"{file.stat().st_size:,} bytes",
             "digest": m["transcript_digest"][:32] + "…",
-            "best step": f"{m['best_step']} of {m['steps']}",
-            "time": f"{m['seconds']:.0f} s for the steps, {m['seconds_per_step']:.3f} s each",
-            "peak memory": f"{m['peak_memory_bytes'] / 2**20:,.0f} MiB"}
+            "best step": f"{m['best_step']} of {m['steps']}"}
+    if not pool_is_private(m["mechanism"]):      # times and memory tell how large the batches were
+        rows |= {"time": f"{m['seconds']:.0f} s for the steps, {m['seconds_per_step']:.3f} s each",
+                 "peak memory": f"{m['peak_memory_bytes'] / 2**20:,.0f} MiB"}
     return pd.Series(rows).to_frame("released")
 
 # %% ../../nbs/rooms/show/page.ipynb #0000000c
@@ -77,5 +79,6 @@ def file_table(
     "What the run left, and what it is for (a DataFrame)."
     import pandas as pd
     there = [(Path(folder)/name, text) for name, text in FILES.items() if (Path(folder)/name).exists()]
-    rows = [(p.name + "/" * p.is_dir(), f"{_size(p) / 1024:,.1f} kB", text) for p, text in there]
-    return pd.DataFrame(rows, columns=["file", "size", "what it is"]).set_index("file")
+    level = lambda p: file_level(f"{p.name}/x" if p.is_dir() else p.name)
+    rows = [(p.name + "/" * p.is_dir(), f"{_size(p) / 1024:,.1f} kB", level(p), text) for p, text in there]
+    return pd.DataFrame(rows, columns=["file", "size", "who may see it", "what it is"]).set_index("file")

@@ -81,7 +81,7 @@ def count_repeats(
 
 @patch
 def describe(self:Task)->dict: # JSON-able
-    "Public facts: sizes, label shares, repeats."
+    "Facts for config.json: sizes, label shares, repeats; exact numbers of the pool among them (`run.visibility`)."
     d = dict(name=self.name, kind=self.kind, objective=self.objective, metric=self.metric, source=self.source,
              seed=self.seed, n_pool=len(self.pool), n_dev=len(self.dev), n_test=len(self.test),
              fingerprint=self.fingerprint, pool_fingerprint=_pool_fingerprint(self),

@@ -154,7 +154,7 @@ def verify(self:Transcript,
     digest:str=None, # what its owner published (metrics.json, guarantee.md); None: not compared
     device:str="cpu", # where to redraw; the transcript's own kind of device, to replay it
     max_design:int=1 << 24, # n·M up to which the design is redrawn: a stranger's header may name any
-    ledger=None, # the run's ledger.jsonl, where its owner lets it be seen: every booking is recomputed
+    ledger=None, # the run's ledger.jsonl, which is private: for its owner, every booking is recomputed
 )->dict: # check -> True, False, or a text where it cannot be decided here
     "Recompute all that can be recomputed without the model."
     out = {"digest as published": "no digest given" if digest is None else digest == self.digest,
