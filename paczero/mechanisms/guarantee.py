@@ -16,11 +16,15 @@ _ASSUMPTIONS = (
     'The attacker may know everything else: the pool, the design, the algorithm, every public seed, all M signs of '
     'every step.',
     'The development set used to choose a checkpoint is outside the pool and is treated as public, and so is the '
-    'test set.',
+    'test set, also where their rows come from the same file as the pool: they are not protected.',
     'Nothing else left the training than the transcript and what is computed from it and from public data.')
 _NOT_COVERED = (
     'The pool itself: it is assumed known to the attacker. Unanimous signs are functions of the pool, so the '
-    'weights may show that an example was in the pool.',
+    'weights may show that an example was in the pool. How far they do is not bounded by I, and can be measured by '
+    'whoever has the data (paczero.audit, leave_one_out).',
+    'Texts that the pool has more than once, where no prior of theirs stands above: the claim about one example is for '
+    'a text that occurs once. Texts are equal where their prompts differ in white space at most, whatever their '
+    'labels. Near copies, and several texts of one person, are not bounded together.',
     'It is not differential privacy: it says nothing about replacing, adding or removing an example of the pool, '
     'and I = 0 is not ε = 0 differential privacy.',
     'Examples outside the candidate design, such as the development set, and facts about a population that '
@@ -40,6 +44,10 @@ _NOT_COVERED_BUDGET = (
 def number_text(x)->str:
     "A number for the page."
     return '–' if x is None else f'{x:.6g}'
+
+def nats_text(nats, covered:bool)->str:
+    "Nats of a run, which promise nothing where no guarantee covers it."
+    return number_text(nats) + ('' if covered or nats is None else ' (no guarantee)')
 
 def rounded_up(p:float)->str:
     "A probability, rounded up for the reader."
@@ -114,21 +122,30 @@ def _about_repeats(g)->str:
             f"at most {rounded_up(g.once_bound)}, where {max(g.prior, 1 - g.prior):.4g} is possible without seeing "
             "anything.")
 
+# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #63ad60cf
+_ALONE = ('That it tells 0 nats of a secret subset promises nothing: it draws none, and has 0 nats for that reason '
+          'alone.')
+_ZERO = ('0 nats alone would be a weak promise: non-private fine-tuning on the whole pool (MeZO) has them, too, for it '
+         'draws no secret subset. What this run adds is that each released bit is one that all candidate subsets agree '
+         'on, or a fair coin; whether an example is in the pool at all is taken to be known, and is not protected.')
+
 # %% ../../nbs/rooms/mechanisms/guarantee.ipynb #e15d55a0
 @patch
 def statement(self:Guarantee)->str:
-    "One paragraph: what this says."
+    "What this says, in words."
     if self.stamp:
         return (f"**No guarantee.** The run's secret was fixed for an audit ({md(self.stamp)}); "
                 "it is as public as the seed that fixed it.")
     if not self.private:
-        return f"**No guarantee.** This is a non-private run ({md(self.mechanism)}), made for comparison only."
-    return (_tells_nothing(self) if self.mi == 0 else _tells_little(self)) + _about_repeats(self)
+        zero = f' {_ALONE}' if self.secret.startswith('none') else ''
+        return f"**No guarantee.** This is a non-private run ({md(self.mechanism)}), made for comparison only.{zero}"
+    if self.mi: return _tells_little(self) + _about_repeats(self)
+    return f"{_tells_nothing(self)}{_about_repeats(self)}\n\n{_ZERO}"
 
 def _tells_nothing(g):
     return ("The released transcript, and the weights computed from it, tell **nothing** (0 nats, exactly) about which "
-            f"of the {g.m} candidate subsets of the pool of {g.n} examples was the secret one. Whoever wants to know "
-            "whether an example of the pool was in the secret subset is right with probability at most "
+            f"of the {g.m} candidate subsets of the pool of {g.n} examples is the secret one; none need even be drawn. "
+            "Whoever wants to know whether an example of the pool is in it is right with probability at most "
             f"{_prior(g):.4g}, the same as without seeing anything.")
 
 def _tells_little(g):
@@ -151,7 +168,7 @@ def rows(self:Guarantee)->list: # of (what, value)
             ('candidate subsets M', f'{self.m} ({self.design})'),
             ('prior of membership', number_text(self.prior)), *_repeats(self),
             ('bound on I(S*; Y), nats', number_text(self.mi)),
-            ('booked in this run, nats', f'{number_text(self.mi_spent)} in {self.releases} releases'),
+            ('booked in this run, nats', f'{nats_text(self.mi_spent, self.covered)} in {self.releases} releases'),
             ("attacker's success on one example, at most", rounded_up(self.posterior_bound)),
             ("attacker's success in naming S*, at most", f'{rounded_up(self.subset_bound)} (prior 1/{self.m})'),
             ('ε of (ε, 0)-DP with the same posterior success',

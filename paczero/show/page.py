@@ -30,7 +30,8 @@ def recipe_table(
 def _spent(m:dict)->str:
     "What a run cost, in its own currency."
     if m.get("epsilon_spent"): return f"ε = {m['epsilon_spent']:.4g} at δ = {m['delta']:g}"
-    return "–" if m["mi_spent"] is None else f"{m['mi_spent']:g} nats"
+    if m["mi_spent"] is None: return "–"
+    return f"{m['mi_spent']:g} nats" + ("" if m["guarantee_covers"] else " (no guarantee)")
 
 def _bound(m:dict)->str:
     "What it bounds."

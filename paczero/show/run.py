@@ -6,6 +6,7 @@
 __all__ = ['plot_run', 'score_table', 'plot_scores', 'readable_scores']
 
 # %% ../../nbs/rooms/show/run.ipynb #00000002
+from ..mechanisms.guarantee import nats_text
 from .style import colour, method_label, stamp_figure, style
 
 # %% ../../nbs/rooms/show/run.ipynb #00000007
@@ -63,11 +64,11 @@ def score_table(
     first = results[0].metrics
     metric, n = first["metric"], first["n_test"]
     rows = [dict(what="before fine-tuning", key="before", score=first["test_before"][metric], spent=0.0,
-                 posterior=first["prior"])]
+                 covered=True, posterior=first["prior"])]
     for r, name in zip(results, names or [method_label(r.metrics["mechanism"]) for r in results], strict=True):
         m, covered = r.metrics, r.metrics["guarantee_covers"]
         rows.append(dict(what=name, key=m["mechanism"]["name"], score=m["test_after"][metric],
-                         spent=m["mi_spent"] if covered else None,
+                         spent=m["mi_spent"], covered=covered,
                          posterior=m["posterior_bound"] if covered else None))
     table = pd.DataFrame(rows)
     table["standard_error"] = (table.score * (1 - table.score) / n) ** .5
@@ -101,18 +102,18 @@ def plot_scores(
 def readable_scores(
     results, # FineTuneResults, the private run first
     names=None, # as for `score_table`
+    public=(), # names of runs that used no private data
 ):
     "`score_table` with units and words in it (a DataFrame)."
     import pandas as pd
     t, metric = score_table(results, names), {"accuracy": "accuracy", "f1": "F1"}[results[0].metrics["metric"]]
 
-    def bound(r):
-        if r.key == "before": return "–"
-        return "no bound" if pd.isna(r.posterior) else f"{r.posterior:.3g}"
-
-    rows = list(t.itertuples())
+    rows, free = list(t.itertuples()), ["before fine-tuning", *public]
     return pd.DataFrame({
         "": t.what,
         f"test {metric}": [f"{100 * r.score:.1f} ± {100 * r.standard_error:.1f} %" for r in rows],
-        "spent (nats)": ["–" if r.key == "before" or pd.isna(r.spent) else f"{r.spent:g}" for r in rows],
-        "a membership attack is right, at most": [bound(r) for r in rows]}).set_index("")
+        "I(S*; Y), nats": ["no private data" if r.what in free else _nats(r) for r in rows],
+        "a membership attack is right, at most": ["–" if r.what in free else _bound(r) for r in rows]}).set_index("")
+
+def _nats(r): return "–" if r.spent != r.spent else nats_text(r.spent, r.covered)
+def _bound(r): return "no bound" if r.posterior != r.posterior else f"{r.posterior:.3g}"

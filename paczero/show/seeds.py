@@ -44,7 +44,7 @@ def _spread(x)->str:
 
 def _cost(g)->str:
     "What the runs of a method spent."
-    if not g.covered.all(): return "not private"
+    if not g.covered.all(): return f"{g.mi_spent.max():g} (no guarantee)"
     if g.epsilon.notna().any(): return f"– (ε = {g.epsilon.max():.3g})"
     return f"{g.mi_spent.max():g}"
 

@@ -108,4 +108,4 @@ def on_public_data(
     task:Task, # its development set becomes the pool; what chooses the checkpoint stays
 )->Task:
     "The same task without its private examples."
-    return replace(task, pool=task.dev, source=f"the development set of {task.source}", own_file=())
+    return replace(task, pool=task.dev, source=f"the development set of {task.source}")
