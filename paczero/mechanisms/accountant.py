@@ -25,6 +25,7 @@ def _opacus(what:str): # what: a module of opacus.accountants
         raise ImportError('the accountant of the differentially private baselines is opacus, which is not here: '
                           'pip install "paczero[dp]"') from e
 
+# %% ../../nbs/rooms/mechanisms/accountant.ipynb #bdfc94bb
 def _prv(plans:tuple, delta:float)->float: # plans: of (σ, q, T). ε, an upper bound
     "ε by numerical composition; the error bound is part of it, 2 % of ε or whatever the grid allows."
     prv = _opacus('.analysis.prv')

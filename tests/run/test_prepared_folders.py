@@ -199,7 +199,7 @@ def test_a_release_that_fails_leaves_nothing(finished, tmp_path, monkeypatch):
     def full(*a, **k):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("paczero.publish.write.check_release", full)
+    monkeypatch.setattr("paczero.publish.write.model_card", full)
     with pytest.raises(OSError, match="No space"):
         save_release(finished, None, tmp_path / "release")
     assert not [p for p in tmp_path.iterdir() if "release" in p.name]
