@@ -15,7 +15,7 @@ from ..models.lora import trainable_parameters
 from ..objectives.make import make_objective
 from .folder import config_differences
 from .shares import Share
-from .talk import PATIENCE, Team
+from .talk import meeting, PATIENCE, serve_store, Team
 from ..transcript import weights_digest
 
 # %% ../../nbs/rooms/run/team.ipynb #83f0b032
@@ -212,13 +212,12 @@ def join(
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
     from torch import distributed
-    state = PartialState(cpu=str(device).startswith("cpu"))
+    with meeting(): state = PartialState(cpu=str(device).startswith("cpu"))
     if state.num_processes == 1: return Alone()
-    host, store = os.environ.get("MASTER_ADDR", "127.0.0.1"), None
-    serve = lambda port, master: distributed.TCPStore(host, port, is_master=master, wait_for_workers=False)
-    if state.is_main_process: store = serve(0, True)
-    port = broadcast_object_list([store.port if store else None])[0]
-    return Team(state.process_index, state.num_processes, store or serve(port, False), patience)
+    store, host = serve_store() if state.is_main_process else (None, None)
+    host, port = broadcast_object_list([host, store.port if store else None])
+    store = store or distributed.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    return Team(state.process_index, state.num_processes, store, patience)
 
 # %% ../../nbs/rooms/run/team.ipynb #9fa19e1f
 @contextmanager
