@@ -26,6 +26,7 @@ from .places import find_data, results_folder
 from ..mechanisms.registry import relocated
 from ..models.free import check_memory
 from ..run.runs import find_run, state
+from ..run.visibility import owner_only
 from ..transcript import TranscriptError
 
 # %% ../../nbs/rooms/lab/job.ipynb #9cf40702
@@ -90,7 +91,7 @@ def record_failure(
                when=datetime.now(timezone.utc).isoformat(timespec="seconds"), version=paczero.__version__)
     why = f"{exception}: {message.splitlines()[0] if message else ''}"
     try:
-        write_atomically(own_folder(folder)/"failed.json", json.dumps(out, indent=1) + "\n")
+        write_atomically(own_folder(folder)/"failed.json", json.dumps(out, indent=1) + "\n", owner_only("failed.json"))
     except OSError as e:
         why += f" (not written down: {e.strerror or e})"
     return dict(run_id=folder.name, outcome="failed", why=why)
@@ -191,7 +192,7 @@ def _in_process(j, folder, stop, start):
     before = _seconds(folder)
     def write():
         about = dict(j["about"], seconds=round(before + time.monotonic() - start, 2))
-        write_atomically(folder/"cell.json", json.dumps(about, indent=1) + "\n")
+        write_atomically(folder/"cell.json", json.dumps(about, indent=1) + "\n", owner_only("cell.json"))
     write()
     p = _start(j)
     out, err = _communicate(p, stop)

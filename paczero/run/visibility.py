@@ -144,13 +144,14 @@ def may_leave(
 def fields_of(
     x, # a JSON value
     name:str="", # its own
+    silent:bool=True, # those that are None, too, which say nothing
 )->set: # nested names with dots
     "The names of all values in it; a list counts as what is in it."
     if isinstance(x, dict) and x:
-        return set().union(*(fields_of(v, f"{name}.{k}" if name else str(k)) for k, v in x.items()))
+        return set().union(*(fields_of(v, f"{name}.{k}" if name else str(k), silent) for k, v in x.items()))
     if isinstance(x, list) and any(isinstance(v, dict) for v in x):
-        return set().union(*(fields_of(v, name) for v in x))
-    return {name} - {""}
+        return set().union(*(fields_of(v, name, silent) for v in x))
+    return {name} - {""} if silent or x is not None else set()
 
 def public_part(
     file:str, # as it is called in the table
@@ -179,7 +180,7 @@ def refuse_private(
     file:str, x:dict, strict:bool, # as for `public_part`
 ):
     "Refuse a record with a field that may not leave."
-    bad = sorted(f for f in fields_of(x) if not may_leave(file, f, strict))
+    bad = sorted({f for f in fields_of(x) if not may_leave(file, f, strict)} & fields_of(x, silent=False))
     if bad:
         raise ValueError(f"{file}: {', '.join(bad[:5])} {'is' if len(bad) == 1 else 'are'} not public in this run")
 
