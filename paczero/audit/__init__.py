@@ -6,7 +6,7 @@
 __all__ = ['clopper_pearson', 'mean_interval', 'log_likelihood', 'ledger_releases', 'posterior_path', 'posterior',
            'leaked_information', 'membership_success', 'agreement', 'true_secret', 'LogisticPool', 'play',
            'AuditReport', 'audit', 'auc', 'pool_membership_attack', 'example_losses', 'attack_pool', 'guess_success',
-           'LeaveOneOutReport', 'pool_posterior', 'Witness', 'attack_run', 'LeaveOneOut']
+           'LeaveOneOutReport', 'pool_posterior', 'Witness', 'attack_run', 'LeaveOneOut', 'same_from_every_subset']
 
 # %% ../../nbs/rooms/audit/index.ipynb #00000002
 from .intervals import clopper_pearson, mean_interval
@@ -17,6 +17,7 @@ from .report import AuditReport, audit
 from .pool import auc, example_losses, pool_membership_attack
 from .leave_one_out import attack_pool, guess_success, LeaveOneOutReport, pool_posterior, Witness
 from .watch import attack_run, LeaveOneOut
+from .zero import same_from_every_subset
 
 # %% ../../nbs/rooms/audit/index.ipynb #00000003
 _all_ = [
@@ -24,4 +25,5 @@ _all_ = [
     "leaked_information", "membership_success", "agreement", "true_secret", "LogisticPool", "play",
     "AuditReport", "audit", "auc", "pool_membership_attack", "example_losses", "attack_pool", "guess_success",
     "LeaveOneOutReport", "pool_posterior", "Witness", "attack_run", "LeaveOneOut",
+    "same_from_every_subset",
 ]

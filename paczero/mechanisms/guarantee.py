@@ -142,6 +142,7 @@ def statement(self:Guarantee)->str:
     if self.mi: return _tells_little(self) + _about_repeats(self)
     return f"{_tells_nothing(self)}{_about_repeats(self)}\n\n{_ZERO}"
 
+# %% ../../nbs/rooms/mechanisms/guarantee.ipynb #e575d99e
 def _tells_nothing(g):
     return ("The released transcript, and the weights computed from it, tell **nothing** (0 nats, exactly) about which "
             f"of the {g.m} candidate subsets of the pool of {g.n} examples is the secret one; none need even be drawn. "
