@@ -34,6 +34,7 @@ SLOW = {
     "nbs/rooms/objectives/generation.ipynb": "objectives/test_paper_losses.py",
     "nbs/rooms/objectives/options.ipynb": "objectives/test_paper_losses.py",
     "nbs/rooms/run/outcome.ipynb": "finetune/test_baselines_in_the_loop.py",
+    "nbs/rooms/run/rounding.ipynb": "finetune/test_baselines_in_the_loop.py",
 }
 
 
