@@ -5,8 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from paczero.finetune import FineTuneConfig, Runtime, finetune
+from paczero.mechanisms import ZPL
+from paczero.models import load_model
 from paczero.publish.files import FORMAT, check_release
 from paczero.publish.write import push_to_hub, save_release
+from paczero.tasks import load_task
 from paczero.transcript import ChainedLog, Transcript
 
 UPDATE = dict(steps=1, k=1, lr=0.1, zo_eps=1e-3, lr_schedule="constant", restore="copy")
@@ -72,9 +76,13 @@ class Hub:
         self.upload = kw
 
 
-@pytest.mark.parametrize("asked", [{}, dict(private=True), dict(private=False)])
-def test_a_new_repository_is_private_until_its_owner_says_otherwise(release, asked):
-    hub = Hub()
-    push_to_hub(release("a"), "user/name", api=hub, **asked)
-    assert hub.repo["private"] is asked.get("private", True)
-    assert hub.upload["allow_patterns"] == ["README.md", "release.json", "transcript.jsonl"]
+def test_a_new_repository_is_private_until_its_owner_says_otherwise(tmp_path):
+    task = load_task("reviews", seed=0, n_train=24, n_dev=8, n_eval=8)
+    config = FineTuneConfig(steps=1, lr=1e-3, m=8, eval_every=1)
+    result = finetune(*load_model("tiny-opt"), task, ZPL(), config, folder=tmp_path / "run",
+                      runtime=Runtime(test=False))
+    for asked in ({}, dict(private=True), dict(private=False)):
+        hub = Hub()
+        push_to_hub(result, "user/name", api=hub, **asked)
+        assert hub.repo["private"] is asked.get("private", True)
+        assert hub.upload["allow_patterns"] == ["README.md", "release.json", "transcript.jsonl"]
