@@ -108,4 +108,5 @@ def on_public_data(
     task:Task, # its development set becomes the pool; what chooses the checkpoint stays
 )->Task:
     "The same task without its private examples."
-    return replace(task, pool=task.dev, source=f"the development set of {task.source}")
+    name = f"{task.name} (public data alone)"
+    return replace(task, pool=task.dev, name=name, source=f"the development set of {task.source}")
