@@ -136,8 +136,8 @@ def serve():
 class Server:
     "The process that forks notebooks, started with the first one."
 
-    def __init__(self):
-        self.process = None
+    def __init__(self, **env):
+        self.process, self.env = None, env      # env: more of the environment of its process
 
     def run(self, path, timeout=600, **env):
         "Run one notebook with its own state folder; a `Run`."
@@ -155,11 +155,11 @@ class Server:
     def _ask(self, job):
         "The exit status of a job, None where it ran out of time; and its seconds on a core."
         if not hasattr(os, "fork"):
-            return _alone(job)
+            return _alone(job, self.env)
         if self.process is None:
             self.process = subprocess.Popen([sys.executable, __file__, "--serve"], text=True, cwd=ROOT,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            env={**os.environ, **ENVIRONMENT})
+                                            env={**os.environ, **ENVIRONMENT, **self.env})
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -174,11 +174,11 @@ class Server:
             self.process.wait(60)
 
 
-def _alone(job):
+def _alone(job, env):
     "A job in a fresh process, where there is no fork."
     try:
         return subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], timeout=job["timeout"],
-                              env={**os.environ, **ENVIRONMENT}).returncode, float("nan")
+                              env={**os.environ, **ENVIRONMENT, **env}).returncode, float("nan")
     except subprocess.TimeoutExpired:
         return None, float("nan")
 
