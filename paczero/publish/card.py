@@ -42,6 +42,7 @@ def _scores(metrics):
     if not rows: return "Not evaluated."
     return "\n".join(["| score | |", "|---|---|", *(f"| {md(k)} | {v:.4f} |" for k, v in rows)])
 
+# %% ../../nbs/rooms/publish/card.ipynb #5d1c1022
 def _public(result):
     "The run, with those of its metrics that may leave."
     strict = pool_is_private(result.transcript.header["mechanism"])

@@ -65,6 +65,7 @@ def _write_records(result, folder, what, card):
              covered=g.covered, guarantee=g.to_dict(), scores=scores)
     write_atomically(folder/"release.json", json.dumps(d, indent=1, sort_keys=True) + "\n")
 
+# %% ../../nbs/rooms/publish/write.ipynb #5d1c1021
 def check_leaving(
     folder, # of a release
 ):

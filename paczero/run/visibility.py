@@ -51,6 +51,7 @@ FILES = {
     "README.md": (AFTER, "a release's card: the guarantee, scores, digests"),
     "release.json": (AFTER, "a release: the same for programs")}
 
+# %% ../../nbs/rooms/run/visibility.ipynb #5d1c1019
 def file_level(
     name:str, # relative to the run's folder, or to that of a release
 )->str:
@@ -153,6 +154,7 @@ def fields_of(
         return set().union(*(fields_of(v, name, silent) for v in x))
     return {name} - {""} if silent or x is not None else set()
 
+# %% ../../nbs/rooms/run/visibility.ipynb #5d1c101b
 def public_part(
     file:str, # as it is called in the table
     x:dict, # what it says, or would say
@@ -169,6 +171,7 @@ def public_part(
             out[k] = v
     return {k: v for k, v in out.items() if v != {} or x[k] == {}}
 
+# %% ../../nbs/rooms/run/visibility.ipynb #5d1c101a
 def _leaves(file, field, strict):
     "The same as `may_leave`, but no where the table has no such field."
     try:
