@@ -172,6 +172,13 @@ def as_pinned(told):
     return {k: v for k, v in told.items() if k != "tokenizer"} | dict(model=model)
 
 
+def without_name(ledger, mechanism):
+    "A ledger's lines without the run's random name, which those have that are kept to a mark since the pins were made."
+    first, *rest = ledger
+    assert (set(first) == {"run", "~"}) == (mechanism["name"] != "zpl")
+    return rest if "run" in first else ledger
+
+
 def told(run, folder, result):
     "All that is pinned of a finished run."
     header, *steps = [{k: v for k, v in e.items() if k != "~"} for e in lines(folder / "transcript.jsonl")]
@@ -188,7 +195,7 @@ def told(run, folder, result):
     out = dict(
         config=as_pinned(json.loads((folder / "config.json").read_text())),
         transcript=[json.loads(line) for line in text.splitlines()],
-        ledger=lines(folder / "ledger.jsonl"),
+        ledger=without_name(lines(folder / "ledger.jsonl"), run["mechanism"]),
         guarantee=(folder / "guarantee.md").read_text(),
         metrics=metrics,
         metrics_keys=sorted(metrics),
