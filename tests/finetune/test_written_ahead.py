@@ -18,9 +18,9 @@ def go(tmp_path, monkeypatch):
     monkeypatch.setenv("PACZERO_STATE_DIR", str(tmp_path / "state"))
     task = load_task("reviews", seed=0, n_train=24, n_dev=8, n_eval=8)
 
-    def run(mechanism, model):
-        config = FineTuneConfig(steps=STEPS, lr=1e-3, m=8, eval_every=STEPS)
-        return finetune(*model, task, mechanism, config, folder=tmp_path / "run", runtime=Runtime(test=False))
+    def run(mechanism, model, name="run", **more):
+        config = FineTuneConfig(**{**dict(steps=STEPS, lr=1e-3, m=8, eval_every=STEPS), **more})
+        return finetune(*model, task, mechanism, config, folder=tmp_path / name, runtime=Runtime(test=False))
     return run
 
 
@@ -46,6 +46,26 @@ def test_a_step_is_on_the_disk_before_it_moves_the_weights(go, monkeypatch, make
     go(mechanism, load_model("tiny-opt"))
     order = [".mark"] * mechanism.needs_secret + ["ledger", "transcript", "update"]
     assert events == [(t, what) for t in range(STEPS) for what in order]
+
+
+def test_the_best_step_is_known_after_a_restart(go, monkeypatch):
+    "Killed behind its best step, the run that goes on ends with the weights of the run that was never killed."
+    plan, append = dict(steps=5, lr=2e-2, eval_every=1, seed=5), ChainedLog.append
+    whole = go(ZPL(audit_seed=5), load_model("tiny-opt"), "whole", **plan)
+    assert whole.metrics["best_step"] == 2
+
+    def full(log, entry):
+        if entry.get("t") == 3:
+            raise OSError(28, "No space left on device")
+        append(log, entry)
+
+    with monkeypatch.context() as m:
+        m.setattr(ChainedLog, "append", full)
+        with pytest.raises(OSError, match="No space left"):
+            go(ZPL(audit_seed=5), load_model("tiny-opt"), **plan)
+    again = go(ZPL(audit_seed=5), load_model("tiny-opt"), **plan)
+    assert (again.metrics["best_step"], weights_digest(again.model)) == (2, weights_digest(whole.model))
+    assert again.transcript.releases == whole.transcript.releases
 
 
 @pytest.mark.parametrize("torn", ["ledger.jsonl", "transcript.jsonl"])

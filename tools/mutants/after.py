@@ -20,8 +20,7 @@ MUTANTS = [
     Mutant("finetune", "not put back", "after an error θ stands at θ − εz",
            "    self.theta.restore(self.cb.state.global_step, self.config.k - 1)\n", "", AHEAD),
     Mutant("finetune", "the best is forgotten", "after a restart the best step so far is not known",
-           "        if t + 1 in seen: self.best.see(t + 1, seen[t + 1])\n", "",
-           "tests/finetune/test_killed_runs_go_on.py"),
+           "        if t + 1 in seen: self.best.see(t + 1, seen[t + 1])\n", "", AHEAD),
     Mutant("finetune", "the untrained model is the best", "the model before the first step may be chosen",
            "    if at: self.best.see(at, scores[\"loss\"])", "    self.best.see(at, scores[\"loss\"])", STEP),
     # audit
