@@ -43,6 +43,7 @@ FILES = {
     "cell.json": (POOL, "which cell a sweep ran here, and how long it took"),
     "failed.json": (PRIVATE, "why a cell did not finish; a message may tell of a row"),
     "reference/*": (PRIVATE, "the non-private run beside it"),
+    "public-data/*": (PUBLIC, "a control that is trained on the public development set alone"),
     ".lock": (PUBLIC, "held by the process that works here"),
     "leave-one-out.*": (PRIVATE, "what the leave-one-out attacker finds: who of the pool is hurt by the release"),
     "differences.f64": (PRIVATE, "every example's differences, for that attacker"),
@@ -61,6 +62,9 @@ def file_level(
 
 def owner_only(name:str)->bool: # as for `file_level`
     "Whether a file is written with mode 600."
+    folder, _, inside = name.partition("/")
+    if folder in ("reference", "public-data"):      # a run's folder itself
+        return owner_only(inside)
     by_others = any(fnmatchcase(name, p) for p in ("figures/*", "run_experiment.ipynb"))
     return file_level(name) in (POOL, PRIVATE) and not by_others
 
