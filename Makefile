@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test fast lint census export readme lab clean
+.PHONY: setup run test fast mutants lint census export readme lab clean
 
 setup: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -18,6 +18,9 @@ test: setup       ## everything that is checked
 
 fast: setup       ## what is checked in two minutes, for whoever edits
 	$(BIN)/python -m pytest -m "not slow"
+
+mutants: setup    ## wrong versions of the library: does a test notice each of them? (half an hour)
+	$(BIN)/python tools/mutants
 
 lint: setup       ## style: ruff over modules and notebooks, and the bounds of the house
 	$(BIN)/ruff check paczero nbs tests tools

@@ -2,7 +2,7 @@
 from .mutant import Mutant
 
 AHEAD = "tests/finetune/test_written_ahead.py"
-STEP = "tests/finetune/test_paper_step.py"
+SEES = "tests/finetune/test_what_a_step_sees.py"
 COUNTS = "tests/audit/test_the_attacker_counts_right.py"
 LEAVE = "tests/publish/test_what_may_leave.py"
 COMPOSED = "tests/mechanisms/test_dp_composition.py"
@@ -14,15 +14,15 @@ MUTANTS = [
            "    run.theta.update(t, coefficients(t, [r.scalar for r in releases], c.update))\n    run.disk.write_step(",
            AHEAD),
     Mutant("finetune", "differences over ε", "differences are twice as large as they are",
-           "(plus - minus) / (2 * theta.eps)", "(plus - minus) / theta.eps", STEP),
+           "(plus - minus) / (2 * theta.eps)", "(plus - minus) / theta.eps", SEES),
     Mutant("finetune", "not clipped", "the examples' differences are not clipped",
-           "run.mechanism.step(ghat, clip=c.clip)", "run.mechanism.step(ghat)", STEP),
+           "run.mechanism.step(ghat, clip=c.clip)", "run.mechanism.step(ghat)", SEES),
     Mutant("finetune", "not put back", "after an error θ stands at θ − εz",
            "    self.theta.restore(self.cb.state.global_step, self.config.k - 1)\n", "", AHEAD),
     Mutant("finetune", "the best is forgotten", "after a restart the best step so far is not known",
            "        if t + 1 in seen: self.best.see(t + 1, seen[t + 1])\n", "", AHEAD),
     Mutant("finetune", "the untrained model is the best", "the model before the first step may be chosen",
-           "    if at: self.best.see(at, scores[\"loss\"])", "    self.best.see(at, scores[\"loss\"])", STEP),
+           "    if at: self.best.see(at, scores[\"loss\"])", "    self.best.see(at, scores[\"loss\"])", SEES),
     # audit
     Mutant("audit/attack", "the noise is one", "the attacker takes σ = 1",
            "return -.5 * ((release.r - s) / release.sigma)**2", "return -.5 * (release.r - s)**2"),
