@@ -59,10 +59,6 @@ class RunFolder:
             self.close()
             raise
 
-    def _held(self, log):
-        self.logs.append(log)
-        return log
-
 # %% ../../nbs/rooms/run/folder.ipynb #7bd83a76
 @patch
 def _begin(self:RunFolder, config):
@@ -115,6 +111,7 @@ def _level(self:RunFolder, header):
     for t, y in enumerate(self.booked[len(self.published):], len(self.published)):
         self.transcript.append({"t": t, "y": y})
 
+# %% ../../nbs/rooms/run/folder.ipynb #56e750dd
 @patch(as_prop=True)
 def published(self:RunFolder)->list: # of lists of K numbers
     "What the transcript has of each step."
@@ -137,6 +134,11 @@ def _marked(self:RunFolder): # Mark; None: nothing is drawn any more, or may be 
         warnings.warn(f"{self.path}: an older version began this run, and kept no mark of how far it came: that its "
                       "folder is no restored copy cannot be checked up to here", stacklevel=2)
     return None if file is None else self._held(Mark(file, self.ledger))
+
+@patch
+def _held(self:RunFolder, log): # to be closed with the folder
+    self.logs.append(log)
+    return log
 
 @patch
 def forget(self:RunFolder):

@@ -34,6 +34,7 @@ def state_folder(
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     return root
 
+# %% ../../nbs/rooms/run/mark.ipynb #5adf2795
 def new_name()->str: # 32 hexadecimal digits
     "A name for a new run."
     return secrets.token_hex(16)

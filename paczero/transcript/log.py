@@ -133,6 +133,7 @@ def _open_alone(path, private):
         raise
     return f
 
+# %% ../../nbs/rooms/transcript/log.ipynb #fa4becfa
 def _hold(fd, path):
     "Lock an open file for as long as it is open."
     if fcntl is None: return
@@ -171,6 +172,7 @@ def append(self:ChainedLog, obj:dict):
     self.torn = False
     self.entries.append(json.loads(canonical(obj)))
 
+# %% ../../nbs/rooms/transcript/log.ipynb #afd51c5f
 @patch
 def _check_there(self:ChainedLog):
     "Refuse to write where nobody will find it."
