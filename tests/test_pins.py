@@ -8,9 +8,9 @@ its runs are others and are skipped.
 
 Not pinned: times, memory, the number of cores, versions (torch's in a transcript's first line and opacus's
 in an accountant's name among them), and the links `~` of lines, which times go into; a transcript's file is
-pinned whole by its hash, without what its first line names since (`as_pinned`). Runs whose audit seed is fixed are stamped and promise nothing, so what a run with
-a secret of its own promises is pinned by `PAGES`: one step each, after which nothing on the page depends on
-chance.
+pinned whole by its hash, without what its first line names since (`as_pinned`). Runs whose audit seed is
+fixed are stamped and promise nothing, so what a run with a secret of its own promises is pinned by `PAGES`:
+one step each, after which nothing on the page depends on chance.
 """
 
 import hashlib
@@ -179,18 +179,20 @@ def without_name(ledger, mechanism):
     return rest if "run" in first else ledger
 
 
-def told(run, folder, result):
-    "All that is pinned of a finished run."
+def transcript_as_pinned(folder):
+    "The text of a run's transcript, and its digest, as they were before its first line named more."
     header, *steps = [{k: v for k, v in e.items() if k != "~"} for e in lines(folder / "transcript.jsonl")]
     named = {*header["model"], *header} >= {"config", "buffers", "tokenizer"}
     assert named, "a transcript names its model's configuration and buffers, and its tokenizer"
     chain = Chain()
-    text = "".join(chain.line(e) for e in (as_pinned(header), *steps))
-    exact = dict(
-        transcript=chain.digest,
-        weights=weights_digest(result.model),
-        file=hashlib.sha256(text.encode()).hexdigest(),
-    )
+    return "".join(chain.line(e) for e in (as_pinned(header), *steps)), chain.digest
+
+
+def told(run, folder, result):
+    "All that is pinned of a finished run."
+    text, digest = transcript_as_pinned(folder)
+    file = hashlib.sha256(text.encode()).hexdigest()
+    exact = dict(transcript=digest, weights=weights_digest(result.model), file=file)
     metrics = json.loads((folder / "metrics.json").read_text())
     out = dict(
         config=as_pinned(json.loads((folder / "config.json").read_text())),
