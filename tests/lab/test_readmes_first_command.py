@@ -38,7 +38,7 @@ def job(house):
 FILES = {
     "config.json", "transcript.jsonl", "ledger.jsonl", "metrics.json", "guarantee.md", "diagnostics.parquet",
     "evaluations.csv", "figures/scores.png", "figures/scores.svg", "figures/run.png", "figures/run.svg",
-    "reference/metrics.json",
+    "reference/metrics.json", "public-data/metrics.json",
 }
 
 
@@ -59,6 +59,13 @@ def test_it_learned_privately(job):
     assert m["test_before"]["accuracy"] <= 0.60
     assert m["test_after"]["accuracy"] >= m["test_before"]["accuracy"] + 0.08
     assert reference["test_after"]["accuracy"] >= 0.70 and not reference["guarantee_covers"]
+
+
+def test_the_control_used_no_private_example(job):
+    _, folder, m = job
+    control = json.loads((folder / "public-data" / "metrics.json").read_text())
+    assert control["n_pool"] == control["n_dev"] == m["n_dev"] and control["mechanism"] == m["mechanism"]
+    assert control["task"] == "reviews (public data alone)" and control["test_after"]["accuracy"] >= 0.5
 
 
 def test_heartbeat_is_readable_in_the_log(job):
