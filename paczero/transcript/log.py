@@ -186,7 +186,7 @@ def lock_folder(
     folder, # the run's folder
 ):
     "Hold the run's folder for this process; release with `.release()`. RuntimeError where another one holds it."
-    lock = FileLock(str(Path(folder)/".lock"), timeout=0)
+    lock = FileLock(str(refuse_link(Path(folder)/".lock")), timeout=0)
     try: lock.acquire()
     except Timeout:
         raise RuntimeError(f"{folder}: another process is working in this run's folder; "
