@@ -20,8 +20,8 @@ _ASSUMPTIONS = (
     'Nothing else left the training than the transcript and what is computed from it and from public data.')
 _NOT_COVERED = (
     'The pool itself: it is assumed known to the attacker. Unanimous signs are functions of the pool, so the '
-    'weights may show that an example was in the pool. How far they do is not bounded by I, and can be measured by '
-    'whoever has the data (paczero.audit, leave_one_out).',
+    'weights may show that an example was in the pool. How far they do is not bounded by I; whoever has the '
+    'data can measure it (LeaveOneOut).',
     'Texts that the pool has more than once, where no prior of theirs stands above: the claim about one example is for '
     'a text that occurs once. Texts are equal where their prompts differ in white space at most, whatever their '
     'labels. Near copies, and several texts of one person, are not bounded together.',
