@@ -62,7 +62,7 @@ MUTANTS = [
            "tests/audit/test_the_guilty_are_convicted.py"),
     # accounts
     Mutant("accounts", "private runs left out", "a private run may be left out on its owner's word",
-           'if not r["covered"] and any(', "if any("),
+           'if not r["covered"] and any(', "if any(", "tests/run/test_kept_is_no_discount.py"),
     Mutant("accounts", "unread is free", "a run that cannot be read leaves the bound as it is",
            "complete = len(good) == len(mine) and not unknown", "complete = True"),
     Mutant("accounts", "twins count twice", "a copy of a run is added up once more",
