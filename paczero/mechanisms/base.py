@@ -82,6 +82,11 @@ def audited(self:Mechanism)->bool:
     "Whether the secret was fixed for an audit, which voids the guarantee."
     return self._entropy.audited
 
+@patch(as_prop=True)
+def entropies(self:Mechanism)->tuple: # nats, one for each release; () where no posterior is followed
+    "How much of the secret subset is still unknown after each release."
+    return ()
+
 # %% ../../nbs/rooms/mechanisms/base.ipynb #dfd35484
 @patch
 def bind(self:Mechanism, design:SubsetDesign)->Mechanism:

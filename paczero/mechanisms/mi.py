@@ -102,6 +102,7 @@ def _new_ledger(self:MIBudget)->Ledger:
 def _reset(self:MIBudget):
     Mechanism._reset(self)
     self._left, self._logp = self.budget, np.zeros(self.design.m if self.design else 0)
+    self._entropies = []
 
 @patch(as_prop=True)
 def posterior(self:MIBudget)->np.ndarray: # (M,), sums to 1; what is below 1e-280 of the largest counts as none
@@ -116,12 +117,20 @@ def _odds(self:MIBudget, s:np.ndarray)->tuple: # P(s = +1), and the smaller of t
     plus, minus = float(p[s > 0].sum()), float(p[s < 0].sum())
     return (plus if plus <= minus else 1 - minus), min(plus, minus)
 
+# %% ../../nbs/rooms/mechanisms/mi.ipynb #86882eb9
 @patch
 def _record(self:MIBudget, rel:Release)->Release:
     if rel.kind == 'noisy':
         self._logp = self._logp + rel.sign_vector * (rel.r / rel.sigma**2)
         self._logp -= self._logp.max()
+    p = self.posterior
+    self._entropies.append(float(-(p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum()))
     return Mechanism._record(self, rel)
+
+@patch(as_prop=True)
+def entropies(self:MIBudget)->tuple: # nats, one for each release; ln M where nothing is known
+    "The posterior's entropy after each release."
+    return tuple(self._entropies)
 
 # %% ../../nbs/rooms/mechanisms/mi.ipynb #d5c26387
 @patch
