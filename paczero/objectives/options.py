@@ -37,10 +37,10 @@ class OptionCrossEntropy(Objective):
         self.device, self.n = causal_lm(model).device, len(examples)
         self.max_tokens = max_tokens or default_max_tokens(self.device)
         self.labels = torch.tensor([e.label for e in examples], device=self.device) # (n,)
-        encode = lambda prompt: encode_options(tokenizer, prompt, options, positions_of(model))
-        probe = encode(PROBE)
+        encode = lambda text, options: encode_options(tokenizer, text, options, positions_of(model))
+        probe = encode(PROBE, self.options)
         self._take_shortcuts(probe[0].ids)
-        self._lay_out([encode(e.prompt) for e in examples], probe)
+        self._lay_out([encode(e.prompt, e.options or self.options) for e in examples], probe)
         self._place()
 
 # %% ../../nbs/rooms/objectives/options.ipynb #00000009

@@ -6,10 +6,12 @@
 __all__ = ['check_rows', 'render']
 
 # %% ../../nbs/rooms/tasks/examples.ipynb #fe3c2a70
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from .quote import column_names, quoted, reading, SHOW, shows_data
+from .prepare import require_columns
+from .quote import quoted, reading, SHOW, shows_data
 from .spec import label_key, label_map
 from .task import Example
 
@@ -35,7 +37,7 @@ def _parse_answers(raw):
         raw = reading(lambda: json.loads(text), (ValueError, RecursionError),
                       lambda e: f"answer that looks like a list but is not JSON|{quoted(text)}")
     if isinstance(raw, Mapping):
-        raw = raw.get("text")
+        raw = raw.get("text", raw.get("spans"))
     if isinstance(raw, str):
         raw = [raw]
     if raw is None or isinstance(raw, (int, float)):
@@ -45,17 +47,40 @@ def _parse_answers(raw):
         raise ValueError(f"missing or empty answer|{quoted(list(raw))}")
     return answers
 
+# %% ../../nbs/rooms/tasks/examples.ipynb #e16c0001
+def _texts(row, column):
+    "A column that lists texts, as a tuple."
+    v = row.get(column)
+    if not isinstance(v, (list, tuple)) or not v or not all(isinstance(t, str) and t.strip() for t in v):
+        raise ValueError(f"column {column!r} that is no list of texts|{quoted(v)}")
+    return tuple(v)
+
+def _own_target(row, spec):
+    "What a row's own options are, and which is right."
+    options, raw = _texts(row, spec.choices), row.get(spec.target)
+    if len({o.strip() for o in options}) < len(options):
+        raise ValueError(f"column {spec.choices!r} that lists a text twice|{quoted(options)}")
+    if not spec.candidates:
+        label = label_key(raw)
+        if label not in map(str, range(len(options))):
+            raise ValueError(f"label that counts none of its {len(options)} options, from 0|{quoted(raw)}")
+        return dict(label=int(label), options=options)
+    candidates, answers = _texts(row, spec.candidates), _parse_answers(raw)
+    if len(candidates) != len(options):
+        raise ValueError(f"column {spec.candidates!r} that has not one text for each option|{quoted(candidates)}")
+    right = [candidates.index(a) for a in answers if a in candidates]
+    if not right:
+        raise ValueError(f"answer that is none of its candidates|{quoted(answers)}")
+    return dict(label=right[0], options=options, candidates=candidates, answers=answers)
+
 # %% ../../nbs/rooms/tasks/examples.ipynb #f1248ec9
 def check_rows(
     rows:list, # dicts, at least one
     spec, # a `TaskSpec`
     where:str, # what the messages call them
-)->list: # target of every row: index of an option, or tuple of answers
+)->list: # target of every row: index of an option, tuple of answers, or a dict where the options are its own
     "Refuse rows that can't be rendered or scored; count the bad ones and say where the first are."
-    missing = [c for c in (*spec.fields, spec.target) if c not in rows[0]]
-    if missing:
-        raise ValueError(f"{where} has no column {', '.join(map(repr, missing))} (task {spec.name!r} needs it); "
-                         f"it has {column_names(rows[0], (*spec.fields, spec.target))}")
+    require_columns(rows, spec.needed, spec, where)
     parse = _label_parser(spec) if spec.options else _parse_answers
     targets, problems = [], {}
     for i, row in enumerate(rows):
@@ -77,13 +102,13 @@ def _refuse(problems, n, where):
 
 def _target(row, spec, parse):
     "A row's target, if its texts are texts."
-    for c in spec.fields:
+    for c in dict.fromkeys((*spec.fields, *spec.group)):
         v = row.get(c)
         if not isinstance(v, str):
             raise ValueError(f"column {c!r} that is not text|{quoted(v)}")
         if not v.strip():
             raise ValueError(f"column {c!r} that is empty|{quoted(v)}")
-    return parse(row.get(spec.target))
+    return _own_target(row, spec) if spec.choices else parse(row.get(spec.target))
 
 def _repeated_uid(rows, spec):
     "The problem of rows that have one id, if there are such."
@@ -105,5 +130,11 @@ def render(
     "The rows in this order, as examples."
     fill = lambda row: spec.template.format(**{c: row[c].strip() if spec.strip else row[c] for c in spec.fields})
     uid = lambda i: f"{split}:{rows[i].get(spec.uid, i) if spec.uid else i}"
-    make = (lambda t: dict(label=t)) if spec.options else (lambda t: dict(answers=t))
-    return tuple(Example(prompt=fill(rows[i]), uid=uid(i), **make(targets[i])) for i in map(int, order))
+    make = (lambda t: dict(label=t)) if spec.options else (lambda t: t if spec.choices else dict(answers=t))
+    return tuple(Example(prompt=fill(rows[i]), uid=uid(i), group=_group(rows[i], spec), **make(targets[i]))
+                 for i in map(int, order))
+
+def _group(row, spec):
+    "A short name of what rows of one group share."
+    shared = "\n".join(row[c].strip() for c in spec.group)
+    return hashlib.sha256(shared.encode()).hexdigest()[:16] if spec.group else ""

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from ..check import integer
 from .examples import check_rows, render
+from .prepare import prepared
 from .rows import DEVELOPMENT, find_rows
 from .spec import resolve_task
 from .split import eval_rows, set_apart, split_rows
@@ -17,7 +18,7 @@ from .task import count_repeats, Task
 
 # %% ../../nbs/rooms/tasks/load.ipynb #77d08429
 def load_task(
-    name, # "sst2", "squad", "reviews", "facts", a registered name, or a `TaskSpec`
+    name, # one of `TASKS` ("sst2", "squad", "reviews", "facts", "rte", …), or a `TaskSpec`
     *,
     seed:int = 0, # of the public permutation, 0 to 2³²−1
     n_train:int = 1000, # size of the pool, n ≥ 1
@@ -43,7 +44,9 @@ def load_task(
 def _found(spec, path, data, wanted, n_eval):
     "The splits' rows and targets, all checked; where they are from; which parts share the pool's private rows."
     rows, others, split, apart, source = find_rows(spec, path, data, wanted)
-    check = lambda rows, split: dict(rows=rows, targets=check_rows(rows, spec, f"{source}, {split}"), split=split)
+    def check(rows, split):
+        rows = prepared(rows, spec, f"{source}, {split}")
+        return dict(rows=rows, targets=check_rows(rows, spec, f"{source}, {split}"), split=split)
     private = data is not None or path is not None and not spec.hub
     train = check(rows, "train")
     found = dict(source=source if path is None else f"folder {Path(path).resolve().name}",
@@ -51,9 +54,9 @@ def _found(spec, path, data, wanted, n_eval):
                  dev=None if apart is None else check(apart, DEVELOPMENT))
     if others is not None:
         return found | dict(train=train, test=check(others, split))
-    take = lambda order, split: dict(rows=[rows[i] for i in order], targets=[train["targets"][i] for i in order],
-                                     split=split)
-    test, rest = set_apart(len(rows), wanted, n_eval)
+    take = lambda order, split: dict(rows=[train["rows"][i] for i in order],
+                                     targets=[train["targets"][i] for i in order], split=split)
+    test, rest = set_apart(len(train["rows"]), wanted, n_eval)
     return found | dict(train=take(rest, "train"), test=take(test, split))
 
 # %% ../../nbs/rooms/tasks/load.ipynb #7d000001

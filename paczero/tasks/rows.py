@@ -17,8 +17,9 @@ from .tables import read_table, READERS
 DEVELOPMENT = "development"     # rows of this split choose the checkpoint
 
 def _split_files(folder, split):
-    "train.csv, or the parts train-*.parquet in order; [] if there is none."
-    found = {s: sorted(folder.glob(f"{split}{s}")) or sorted(folder.glob(f"{split}-*{s}")) for s in READERS}
+    "train.csv, or the parts train-*.parquet or train/*.parquet in order; [] if there is none."
+    places = lambda s: (f"{split}{s}", f"{split}-*{s}", f"{split}/*{s}")
+    found = {s: next(filter(None, (sorted(folder.glob(p)) for p in places(s))), []) for s in READERS}
     found = {s: files for s, files in found.items() if files}
     if len(found) > 1:
         names = ", ".join(f.name for files in found.values() for f in files)
@@ -110,15 +111,17 @@ def hub_reachable(
 def _read_hub(spec):
     "Training rows, evaluation rows, name of the evaluation split, no development rows."
     name = f"{spec.hub}{'/' + spec.config if spec.config else ''}"
-    get = (f"`hf download {spec.hub} --repo-type dataset --local-dir DIR` on a machine that reaches the hub, then "
-           f"path='DIR/{spec.config or 'plain_text'}'; or any folder with train.* and {spec.eval_splits[0]}.*")
+    branch = f"--revision {spec.revision} " if spec.revision else ""
+    place = repr(f"DIR/{spec.config}") if spec.config else "the folder in DIR that holds train*"
+    get = (f"`hf download {spec.hub} --repo-type dataset {branch}--local-dir DIR` on a machine that reaches the hub, "
+           f"then path={place}; or any folder with train.* and {spec.eval_splits[0]}.*")
     try:
         import datasets
     except ImportError as e:
         raise ImportError(f"task {spec.name!r} without path needs the package datasets ({e}); or {get}") from None
     offline, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, not hub_reachable()
     try:
-        data = datasets.load_dataset(spec.hub, spec.config or None)
+        data = _load_hub(datasets.load_dataset, spec)
     except Exception as e: # datasets, huggingface_hub, fsspec and the http library each have their own
         raise ConnectionError(f"task {spec.name!r}: {name} is neither cached nor reachable ({type(e).__name__}: {e}). "
                               f"To get it: {get}. The tasks 'reviews' and 'facts' work offline") from e
@@ -128,6 +131,12 @@ def _read_hub(spec):
     if "train" not in data or not split:
         raise ValueError(f"{name} has splits {', '.join(data)}; need train and one of {spec.eval_splits}")
     return data["train"].to_list(), data[split].to_list(), split, None
+
+def _load_hub(load_dataset, spec):
+    "The data set of a task; from a branch of converted files, which has a folder for each configuration."
+    if not spec.revision:
+        return load_dataset(spec.hub, spec.config or None)
+    return load_dataset(spec.hub, data_dir=spec.config or "default", revision=spec.revision)
 
 # %% ../../nbs/rooms/tasks/rows.ipynb #e2477b78
 def find_rows(

@@ -17,7 +17,7 @@ from .quote import quoted
 # %% ../../nbs/rooms/tasks/spec.ipynb #34b8164d
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    "Declares a task: `options` make it classification, no options make it generation."
+    "Declares a task: `options` (or `choices`) make it classification, without them it is generation."
     name:str # what `load_task` and the command line call it
     template:str # prompt, with columns in braces: "{text} It was"
     options:tuple[str, ...] = () # continuations of the prompt, each with its leading space
@@ -32,6 +32,13 @@ class TaskSpec:
     stop:str = "\n" # generation only
     hub:str = "" # data set on the Hugging Face hub
     config:str = "" # its configuration
+    revision:str = "" # its branch there; "": the main one
+    choices:str = "" # column that lists a row's own options, in place of `options`; the label counts from 0
+    candidates:str = "" # column that lists what each of these stands for: those in `answers` are right, not the label
+    group:tuple[str, ...] = () # columns that are equal for rows which are scored together, too
+    prepare:object = None # function: row -> dict of further columns, for the prompt and the rest
+    columns:tuple[str, ...] = () # the columns of a file that `prepare` reads
+    skip:tuple = () # raw labels whose rows are left out
     miniature:str = "" # embedded task that stands for it in the miniature of the paper
 
     def __post_init__(self):
@@ -41,12 +48,12 @@ class TaskSpec:
 @patch(as_prop=True)
 def kind(self:TaskSpec)->str: # "classification" or "generation"
     "What a model has to do."
-    return "classification" if self.options else "generation"
+    return "classification" if self.options or self.choices else "generation"
 
 @patch(as_prop=True)
 def metric(self:TaskSpec)->str: # "accuracy" or "f1"
     "What chooses a checkpoint and scores a run."
-    return "accuracy" if self.options else "f1"
+    return "accuracy" if self.kind == "classification" else "f1"
 
 @patch(as_prop=True)
 def fields(self:TaskSpec)->tuple: # of names
@@ -56,7 +63,13 @@ def fields(self:TaskSpec)->tuple: # of names
 @patch(as_prop=True)
 def target(self:TaskSpec)->str: # name
     "Column of the label or the answers."
-    return self.label if self.options else self.answers
+    return self.answers if self.kind == "generation" or self.candidates else self.label
+
+@patch(as_prop=True)
+def needed(self:TaskSpec)->tuple: # of names
+    "Columns that a row must have once it is prepared."
+    own = [c for c in (self.choices, self.candidates) if c]
+    return tuple(dict.fromkeys((*self.fields, *self.group, *own, self.target)))
 
 # %% ../../nbs/rooms/tasks/spec.ipynb #833e12ca
 def _template_fields(template):
@@ -102,13 +115,26 @@ def _check_spec(spec):
             raise ValueError(f"{k} of a task must not be empty")
     if not spec.fields:
         raise ValueError(f"template {spec.template!r} uses no column: put one in braces, as in '{{text}} It was'")
-    for k in ("options", "eval_splits"):
+    for k in ("options", "eval_splits", "group", "columns", "skip"):
         if isinstance(getattr(spec, k), str):
             raise TypeError(f"{k} must be a tuple of strings, got {getattr(spec, k)!r}")
         object.__setattr__(spec, k, tuple(getattr(spec, k)))
     integer("max_new_tokens", spec.max_new_tokens, 1)
+    _check_choices(spec)
     if spec.options:
         _check_options(spec)
+
+# %% ../../nbs/rooms/tasks/spec.ipynb #e16a0001
+def _check_choices(spec):
+    "Refuse options twice over, candidates of nothing, and a `prepare` that is no function or hides what it reads."
+    if spec.choices and spec.options:
+        raise ValueError(f"options {spec.options!r} are for all rows, choices {spec.choices!r} for each: give one")
+    if spec.candidates and not spec.choices:
+        raise ValueError(f"candidates {spec.candidates!r} say what each of a row's choices stands for: give choices")
+    if (spec.prepare is not None) != bool(spec.columns):
+        raise ValueError("prepare and columns go together: the function, and the columns of a file that it reads")
+    if spec.prepare is not None and not callable(spec.prepare):
+        raise TypeError(f"prepare must be a function of a row, got {spec.prepare!r}")
 
 # %% ../../nbs/rooms/tasks/spec.ipynb #07acfb92
 def _check_options(spec):

@@ -20,9 +20,13 @@ class Example:
     label:int = -1 # index of the right option; -1 in a generation task
     answers:tuple[str, ...] = () # the answers that count as right, without the leading space; () in classification
     uid:str = "" # where it comes from: "split:row" or "split:id"
+    options:tuple[str, ...] = () # its own continuations, where its task has none for all; label i means options[i]
+    candidates:tuple[str, ...] = () # the answer that each of them stands for; those among `answers` are right
+    group:str = "" # examples of one group are scored together, too: the answers to one question
 
 # %% ../../nbs/rooms/tasks/task.ipynb #b690384a
-OBJECTIVES = {"classification": "option-cross-entropy", "generation": "generation-f1"}
+OBJECTIVES = {"classification": "option-cross-entropy", "choice": "choice-cross-entropy",
+              "generation": "generation-f1"}
 
 # %% ../../nbs/rooms/tasks/task.ipynb #fb0cda5b
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -54,19 +58,25 @@ class Task:
 @patch(as_prop=True)
 def objective(self:Task)->str:
     "Per-example training loss."
-    return OBJECTIVES[self.kind]
+    own = self.kind == "classification" and not self.options
+    return OBJECTIVES["choice" if own else self.kind]
 
 # %% ../../nbs/rooms/tasks/task.ipynb #3c7fcf30
+def _content(e):
+    "What a run sees of an example."
+    own = [list(e.options), list(e.candidates)] if e.options else []
+    return [e.prompt, e.label, list(e.answers), *own]
+
 def _fingerprint(task):
     "sha256 (hex) of everything that a run sees of a task."
-    parts = [[[e.prompt, e.label, list(e.answers)] for e in part] for part in (task.pool, task.dev, task.test)]
+    parts = [[_content(e) for e in part] for part in (task.pool, task.dev, task.test)]
     content = [task.kind, list(task.options), task.metric, task.max_new_tokens, task.stop, *parts]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 # %% ../../nbs/rooms/tasks/task.ipynb #f62fb9f6
 def _pool_fingerprint(task):
     "sha256 (hex) of the pool alone, in any order."
-    rows = sorted(json.dumps([e.prompt, e.label, list(e.answers)], ensure_ascii=True) for e in task.pool)
+    rows = sorted(json.dumps(_content(e), ensure_ascii=True) for e in task.pool)
     return hashlib.sha256("\n".join(rows).encode("ascii")).hexdigest()
 
 # %% ../../nbs/rooms/tasks/task.ipynb #10ede62a
@@ -74,9 +84,10 @@ def count_repeats(
     task:Task, #
 )->dict: # of "pool": rows whose prompt occurs earlier in the pool; of the other parts: prompts that are in the pool
     "How many prompts are there more than once."
-    pool = [e.prompt for e in task.pool]
+    text = lambda e: (e.prompt, *e.options)
+    pool = [text(e) for e in task.pool]
     known = set(pool)
-    others = {k: {e.prompt for e in getattr(task, k)} for k in ("dev", "test")}
+    others = {k: {text(e) for e in getattr(task, k)} for k in ("dev", "test")}
     return {"pool": len(pool) - len(known), **{k: len(prompts & known) for k, prompts in others.items()}}
 
 @patch
@@ -101,7 +112,8 @@ def _label_shares(task):
 def groups(self:Task)->tuple: # (n,) the same whole number for pool examples that are equal
     "Which examples of the pool are equal: those whose prompts differ in white space at most."
     numbers = {}
-    return tuple(numbers.setdefault(" ".join(e.prompt.split()), len(numbers)) for e in self.pool)
+    text = lambda e: tuple(" ".join(t.split()) for t in (e.prompt, *e.options))
+    return tuple(numbers.setdefault(text(e), len(numbers)) for e in self.pool)
 
 # %% ../../nbs/rooms/tasks/task.ipynb #783e3a08
 def on_public_data(
