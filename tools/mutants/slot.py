@@ -1,19 +1,22 @@
 "A copy of the tree in which wrong versions are made and tested, one after the other."
 import importlib.util
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .mutant import ROOT, put
+from .mutant import misplaced, put, ROOT
 
 # The code broke, and nothing was tested; or no test ended.
 INVALID = ("NameError", "SyntaxError", "ImportError", "ModuleNotFoundError", "IndentationError", "UnboundLocalError",
            "AttributeError", "TypeError", "nothing")
+LOST, UNSOUND = "its text is not there", "its test fails on the library as it is"
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 RAISED = re.compile(r"^(?:E +)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Failed|Warning))\b(?:: ?(.*))?$", re.M)
 
@@ -30,11 +33,16 @@ class Outcome:
     @property
     def verdict(self):
         "killed, survived or invalid."
-        return "survived" if self.ok else "invalid" if self.how in INVALID else "killed"
+        return "survived" if self.ok else "invalid" if self.how in (*INVALID, LOST, UNSOUND) else "killed"
 
 
-def copy_tree(to, root=ROOT):
-    "The files that git knows, and new ones that it does not ignore, as they are now."
+def copy_tree(to, at=None, root=ROOT):
+    "The files of a commit; or those that git knows, and new ones that it does not ignore, as they are now."
+    if at is not None:
+        data = subprocess.run(["git", "archive", at], cwd=root, capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            tar.extractall(to, filter="data")
+        return
     names = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=root, capture_output=True,
                            check=True).stdout.decode().split("\0")
     for name in filter(None, names):
@@ -55,9 +63,9 @@ def raised(log, pytest=False):
 class Slot:
     "A copy of the tree, with a server of notebooks in it."
 
-    def __init__(self, folder):
+    def __init__(self, folder, at=None):
         self.root = Path(folder)
-        copy_tree(self.root)
+        copy_tree(self.root, at)
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
         self.env = dict(PYTHONPATH=path, PYTHONDONTWRITEBYTECODE="1")       # no module of the version before
         spec = importlib.util.spec_from_file_location("notebooks_of_the_slot", self.root / "tools" / "notebooks.py")
@@ -84,6 +92,8 @@ class Slot:
 
     def trial(self, mutant):
         "What its test makes of a wrong version; the tree is put back."
+        if why := misplaced(mutant, self.root):
+            return Outcome(False, LOST, why, 0.0)
         kept = put(mutant, self.root)
         try:
             return self.test(mutant.killer)
