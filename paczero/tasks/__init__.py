@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'Example', 'Task', 'accuracy', 'score', 'exact_match', 'normalize_answer', 'squad_f1', 'TASKS',
-           'register_task', 'TaskSpec', 'resolve_task', 'hub_reachable', 'read_table', 'eval_rows', 'load_task',
-           'split_rows']
+           'register_task', 'TaskSpec', 'resolve_task', 'hub_reachable', 'read_table', 'NLI', 'LABELS', 'CHOICE',
+           'QUESTIONS', 'eval_rows', 'load_task', 'split_rows']
 
 # %% ../../nbs/rooms/tasks/index.ipynb #0324b9f7
 from .embedded import ASSETS
 from .task import Example, Task
 from .metrics import accuracy, exact_match, normalize_answer, score, squad_f1
 from .spec import TASKS, TaskSpec, register_task, resolve_task
+from .nli import NLI
+from .labels import LABELS
+from .choice import CHOICE
+from .questions import QUESTIONS
 from .tables import read_table
 from .rows import hub_reachable
 from .split import eval_rows, split_rows
@@ -21,5 +25,5 @@ from .load import load_task
 _all_ = [
     "ASSETS", "Example", "Task", "accuracy", "score", "exact_match", "normalize_answer", "squad_f1",
     "TASKS", "register_task", "TaskSpec", "resolve_task", "hub_reachable", "read_table",
-    "eval_rows", "load_task", "split_rows",
+    "NLI", "LABELS", "CHOICE", "QUESTIONS", "eval_rows", "load_task", "split_rows",
 ]

@@ -107,6 +107,13 @@ def hub_reachable(
         return False
     return True
 
+# %% ../../nbs/rooms/tasks/rows.ipynb #e16d0004
+def _load_hub(load_dataset, spec):
+    "The data set of a task; from a branch of converted files, which has a folder for each configuration."
+    if not spec.revision:
+        return load_dataset(spec.hub, spec.config or None)
+    return load_dataset(spec.hub, data_dir=spec.config or "default", revision=spec.revision)
+
 # %% ../../nbs/rooms/tasks/rows.ipynb #d0635411
 def _read_hub(spec):
     "Training rows, evaluation rows, name of the evaluation split, no development rows."
@@ -131,12 +138,6 @@ def _read_hub(spec):
     if "train" not in data or not split:
         raise ValueError(f"{name} has splits {', '.join(data)}; need train and one of {spec.eval_splits}")
     return data["train"].to_list(), data[split].to_list(), split, None
-
-def _load_hub(load_dataset, spec):
-    "The data set of a task; from a branch of converted files, which has a folder for each configuration."
-    if not spec.revision:
-        return load_dataset(spec.hub, spec.config or None)
-    return load_dataset(spec.hub, data_dir=spec.config or "default", revision=spec.revision)
 
 # %% ../../nbs/rooms/tasks/rows.ipynb #e2477b78
 def find_rows(
