@@ -57,4 +57,4 @@ def cell(
     common = {f.name: told(f.name, f.type) for part in (Network, Data, FineTuneConfig) for f in fields(part)}
     own = {f.name: told(f.name) for f in MECHANISMS[row["mechanism"]].fields}
     given = {k: v for k, v in (common | own).items() if v is not None} | dict(clip=common["clip"])
-    return Recipe.from_flat(**given, mechanism=row["mechanism"], source=f"paper, {row['table']}")
+    return Recipe.from_flat(**given, mechanism=row["mechanism"], source=f"paper, {row['table']}", fidelity="paper")

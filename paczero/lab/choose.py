@@ -58,6 +58,6 @@ def reference_recipe(
         return None
     own = recipe_for(recipe.model, recipe.task, recipe.track, "nonprivate")
     if recipe.method.mechanism.dp: # its steps are of another kind
-        same = ("seed", "n_train", "n_dev", "n_eval", "zo_eps", "restore", "dtype")
+        same = ("seed", "n_train", "n_dev", "n_eval", "zo_eps", "restore", "dtype", "fidelity")
         return own.but(**{f: getattr(recipe, f) for f in same})
     return recipe.but(mechanism="nonprivate", lr=own.lr, clip=own.clip, source=own.source)

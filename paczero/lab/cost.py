@@ -74,7 +74,8 @@ def probe(
     recipe = with_dtype(recipe, device)
     try:
         check_memory(memory_needed(recipe, device), device)
-        task = load_task(recipe.task, seed=recipe.seed, n_train=min(n, recipe.n_train), n_dev=1, n_eval=1, path=data)
+        task = load_task(recipe.task, seed=recipe.seed, n_train=min(n, recipe.n_train), n_dev=1, n_eval=1, path=data,
+                         fidelity=recipe.fidelity)
         objective = make_objective(*recipe_network(recipe, device), task, task.pool, None)
     except (OSError, MemoryError):      # neither cached nor reachable, or too big: nothing to time
         return math.nan

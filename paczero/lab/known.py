@@ -49,7 +49,7 @@ def _headline(model, task, track, mechanism, signal)->Recipe:
     wanted = mechanism if mechanism in {r.mechanism for r in known} else base.mechanism
     want = dict(task=task or base.task, track=track or base.track, mechanism=wanted, signal=signal)
     best = max(known, key=lambda r: ([getattr(r, f) == v for f, v in want.items()], r.source == "paper, table1",
-                                     r.dp_epsilon == 2, -r.steps)).but(seed=0)
+                                     r.dp_epsilon == 2, -r.steps)).but(seed=0, fidelity=None)
     if model == "smollm2-135m" and best.task == "sst2" and not best.method.mechanism.dp:
         rate = SMOLLM2_LR[signal in RAW][want["track"]]
         return best.but(model=model, track=want["track"], lr=rate, **SMOLLM2)

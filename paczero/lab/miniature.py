@@ -76,4 +76,4 @@ def miniature(
     task = resolve_task(base.task).miniature
     lr, clip = _rate_and_clip(base, task)
     return base.but(model="tiny-opt", task=task, lr=lr, clip=clip, steps=miniature_steps(base.steps),
-                    zo_eps=ZO_EPS[task], eval_every=10, source=source, **SIZES[task])
+                    zo_eps=ZO_EPS[task], eval_every=10, source=source, fidelity=None, **SIZES[task])

@@ -13,6 +13,7 @@ from ..markup import md
 from ..mechanisms.fields import check_field
 from ..mechanisms.registry import field_owners, make_mechanism as made, mechanism_named, MECHANISMS, registered
 from ..run.config import FineTuneConfig
+from ..tasks.fidelity import Fidelity, fidelity_named
 
 # %% ../../nbs/rooms/lab/recipe.ipynb #dc410431
 TRACKS = ("full", "lora")
@@ -96,8 +97,10 @@ class Recipe:
     method:Method = field(default_factory=Method) # by which mechanism
     config:FineTuneConfig # how long, how fast, with which seed: what the training loop needs
     source:str = "" # where this recipe comes from
+    fidelity:str = None # "paper": where users' wishes and the paper's code part, the code (`tasks.fidelity`)
 
     def __post_init__(self):
+        fidelity_named(self.fidelity)
         if self.r is not None and self.design != "fixed":
             raise contradiction("r", self.r, "design", self.design, ("fixed",))
         self.method.mechanism.check_recipe(self)
@@ -107,10 +110,16 @@ class Recipe:
             raise AttributeError(f"a Recipe has no field {name!r}{nearest(name, flat_names())}")
         return self.flat()[name]
 
+# %% ../../nbs/rooms/lab/recipe.ipynb #f1de0402
+@patch(as_prop=True)
+def rules(self:Recipe)->Fidelity:
+    "What its fidelity chooses."
+    return fidelity_named(self.fidelity)
+
 # %% ../../nbs/rooms/lab/recipe.ipynb #66b13fb3
 _HEAD = ("model", "task", "track", "mechanism") # then the mechanisms' own fields, then
 _TAIL = ("k", "lora_rank", "lora_alpha", "lr", "lr_schedule", "clip", "steps", "m", "design", "r", "seed", "n_train",
-         "n_dev", "n_eval", "zo_eps", "eval_every", "select", "restore", "dtype", "source")
+         "n_dev", "n_eval", "zo_eps", "eval_every", "select", "restore", "dtype", "fidelity", "source")
 
 def flat_names()->tuple:
     "A recipe's fields by their flat names, those of all registered mechanisms among them."
@@ -120,7 +129,7 @@ def flat_names()->tuple:
 def flat(self:Recipe)->dict: # {flat name: value}, JSON-able
     "All fields, flat: `Recipe.from_flat(**recipe.flat())` is the same recipe."
     at = {**vars(self.network), **vars(self.data), **vars(self.config), **dict(self.method.own),
-          "mechanism": self.method.name, "source": self.source}
+          "mechanism": self.method.name, "source": self.source, "fidelity": self.fidelity}
     if self.method.mechanism.dp:
         at["m"] = None
     return {name: at.get(name) for name in flat_names()}
@@ -135,6 +144,8 @@ def plain(
     out = dict(given)
     if out.get("track") == "ft":
         out["track"] = "full"
+    if out.get("fidelity") == "default":
+        out["fidelity"] = None
     if "mechanism" in out:
         out["mechanism"] = mechanism_named(out["mechanism"])
     for name in out:
@@ -152,7 +163,8 @@ def from_flat(cls:Recipe, **given)->Recipe:
     method = Method.of(given.get("mechanism", "zpl"), given)
     part = lambda kind: {f.name: given[f.name] for f in fields(kind) if f.name in given}
     return cls(network=Network(**part(Network)), data=Data(**part(Data)), method=method,
-               config=FineTuneConfig(**part(FineTuneConfig) | _subsets(method, given)), source=given.get("source", ""))
+               config=FineTuneConfig(**part(FineTuneConfig) | _subsets(method, given)), source=given.get("source", ""),
+               fidelity=given.get("fidelity"))
 
 def _subsets(method, given)->dict: # of M, where something is to be said of it
     "M as the loop takes it: the smallest that there is for a mechanism that has no candidate subsets."
@@ -198,4 +210,5 @@ def _repr_markdown_(self:Recipe):
     rows = dict(network=told(vars(self.network)), data=told(vars(self.data)),
                 method=told({"": self.method.name} | dict(self.method.own)),
                 config=told(vars(self.config) | dict(m=self.m)), source=self.source)
+    rows |= dict(fidelity=self.fidelity) if self.fidelity else {}
     return "| part | |\n|---|---|\n" + "\n".join(f"| {k} | {md(v)} |" for k, v in rows.items())

@@ -18,7 +18,7 @@ def recipe_data(
 )->Task:
     "The recipe's pool, development and test set."
     sizes = dict(n_train=recipe.n_train, n_dev=recipe.n_dev, n_eval=recipe.n_eval)
-    return load_task(recipe.task, seed=recipe.seed, path=path, **sizes)
+    return load_task(recipe.task, seed=recipe.seed, path=path, fidelity=recipe.fidelity, **sizes)
 
 def recipe_network(
     recipe:Recipe,
@@ -28,4 +28,4 @@ def recipe_network(
     "The recipe's network as it begins, with an adapter where the recipe has one."
     lora = dict(lora_rank=recipe.lora_rank, lora_alpha=recipe.lora_alpha) if recipe.track == "lora" else {}
     return load_model(recipe.model, track=recipe.track, dtype=recipe.dtype or "float32", device=device, memory=memory,
-                      seed=recipe.seed, **lora)
+                      seed=recipe.seed, first_token=recipe.rules.first_token, **lora)

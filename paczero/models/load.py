@@ -6,6 +6,7 @@
 __all__ = ['load_model']
 
 # %% ../../nbs/rooms/models/load.ipynb #dc5773cd
+from ..check import among
 from .find import model_config, model_folder
 from .folder import quiet, weight_files
 from .free import check_memory
@@ -14,7 +15,7 @@ from .memory import estimate_memory, MemoryEstimate
 from .names import dtype_name, ModelSpec, resolve_device, resolve_model, track_name
 
 # %% ../../nbs/rooms/models/load.ipynb #a6781cf8
-def _load_tokenizer(folder, config):
+def _load_tokenizer(folder, config, first_token=None):
     "The tokenizer of a folder, fit for the model."
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -27,11 +28,14 @@ def _load_tokenizer(folder, config):
     if tok.pad_token_id is None or tok.pad_token_id >= vocab:
         tok.pad_token = tok.eos_token or tok.convert_ids_to_tokens(0)
     if config.model_type == "opt":
-        _begin_with_bos(tok, config)
+        _begin_with_bos(tok, config, first_token)
     return tok
 
-def _begin_with_bos(tok, config):
-    "Make sure that OPT's tokenizer begins every text with </s>, as its own does."
+# %% ../../nbs/rooms/models/load.ipynb #f1de0601
+def _begin_with_bos(tok, config, first_token=None):
+    "Make sure that OPT's tokenizer begins every text with </s>, as its own does, or with another special token."
+    if first_token is not None:
+        tok.bos_token = _special_token(tok, first_token)
     if tok.bos_token_id is None:
         tok.bos_token = tok.convert_ids_to_tokens(config.bos_token_id)
     if tok("x").input_ids[:1] == [tok.bos_token_id]:
@@ -40,6 +44,11 @@ def _begin_with_bos(tok, config):
     one, two = f"{tok.bos_token}:0 $A:0", f"{tok.bos_token}:0 $A:0 $B:1"
     tok.backend_tokenizer.post_processor = TemplateProcessing(
         single=one, pair=two, special_tokens=[(tok.bos_token, tok.bos_token_id)])
+
+def _special_token(tok, text):
+    "A word of the vocabulary that stands for no text; anything else is refused."
+    known = sorted(w for w in tok.get_vocab() if w.startswith("<") and w.endswith(">") and len(w) > 2)
+    return among("first_token", text, known)
 
 # %% ../../nbs/rooms/models/load.ipynb #b30907f7
 def _load_weights(folder, config, dtype, device):
@@ -80,6 +89,7 @@ def load_model(
     lora_alpha = 16, # > 0; the adapter is scaled by alpha/rank
     lora_targets = None, # names of linear layers; None: q_proj and v_proj, or the fused layer that holds them
     lora_dtype = None, # of the adapter alone; None: as dtype
+    first_token:str|None = None, # in front of OPT's prompts: "<s>" as MeZO's code has it; None: the tokenizer's own
     seed:int = 0, # public; of LoRA's A
     memory:MemoryEstimate|None = None, # what the whole run needs; None: weights and one copy of what is trained
 )->tuple: # model (in eval mode), tokenizer
@@ -89,9 +99,10 @@ def load_model(
     adapter = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets and list(lora_targets),
                    lora_dtype=dtype if lora_dtype is None else dtype_name(lora_dtype), lora_seed=seed)
     check_memory(memory or _least_memory(spec, track, dtype, lora_rank, lora_targets), device)
-    model, tokenizer, source = _load(spec, dtype, device, adapter if track == "lora" else None)
+    model, tokenizer, source = _load(spec, dtype, device, adapter if track == "lora" else None, first_token)
+    begins = dict(first_token=first_token) if first_token and model.config.model_type == "opt" else {}
     model.paczero = dict(model=spec.name, source=source, track=track, dtype=dtype, device=str(device),
-                         **(adapter if track == "lora" else {}))
+                         **(adapter if track == "lora" else {}), **begins)
     return model, tokenizer
 
 # %% ../../nbs/rooms/models/load.ipynb #d86c568c
@@ -100,12 +111,12 @@ def _least_memory(spec, track, dtype, rank, targets):
     return estimate_memory(spec, track=track, dtype=dtype, lora_rank=rank, lora_targets=targets, best_copy=False,
                            tokens=512)
 
-def _load(spec, dtype, device, adapter):
+def _load(spec, dtype, device, adapter, first_token):
     "Model, marked for training, tokenizer, and where they are from; torch's global generators are left alone."
     import torch
     folder, source = model_folder(spec)
     config = model_config(ModelSpec(name=spec.name, folder=str(folder)))
-    tokenizer = _load_tokenizer(folder, config)
+    tokenizer = _load_tokenizer(folder, config, first_token)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = _load_weights(folder, config, dtype, device)
         model.requires_grad_(adapter is None)

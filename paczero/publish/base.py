@@ -48,6 +48,7 @@ def load_arguments(
     m = header["model"]
     full = m.get("track") == "full"
     kw = dict(track=m.get("track", "full"), dtype=m.get("trainable_dtype") if full else m.get("dtype"))
+    kw |= {k: v for k, v in m.items() if k == "first_token"}
     if m.get("track") == "lora":
         kw |= dict(lora_rank=m["lora_rank"], lora_alpha=m["lora_alpha"], lora_targets=m.get("lora_targets"),
                    lora_dtype=m.get("trainable_dtype"), seed=m.get("lora_seed", header["directions"]["seed"]))

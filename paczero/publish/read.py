@@ -30,7 +30,8 @@ def _load_adapter(model, folder):
 def _load(folder, what, t, base, device):
     "The model of a release of this kind, and its tokenizer."
     if what == "weights":
-        return load_model(folder, dtype=t.header["model"].get("dtype"), device=device)
+        m = t.header["model"]
+        return load_model(folder, dtype=m.get("dtype"), device=device, first_token=m.get("first_token"))
     model, tokenizer = load_base(t.header, base, device)
     if what == "transcript": replay(model, t, tokenizer=tokenizer)
     else: _load_adapter(model, folder)

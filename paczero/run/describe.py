@@ -44,9 +44,13 @@ def describe_model(model)->dict:
         track="lora" if lm is not model else "full", dtype=_type(lm.dtype),
         trainable=sum(p.numel() for _, p in params), trainable_dtype=_type(params[0][1].dtype),
         weights=weights_digest(model), config=effective_config(model), buffers=buffers_identity(model),
-        **_adapter(model, lm))
+        **_first_token(model), **_adapter(model, lm))
 
 def _type(dtype): return str(dtype).split(".")[-1]
+
+def _first_token(model)->dict:
+    "What its prompts begin with, where that is not its tokenizer's own."
+    return {k: v for k, v in getattr(model, "paczero", {}).items() if k == "first_token"}
 
 def _adapter(model, lm)->dict:
     "What a LoRA adapter was made with."
@@ -67,6 +71,7 @@ def describe_run(model, task, mechanism, config, design, tokenizer=None): # (con
     shared = dict(model=describe_model(model), design=design.to_dict(), mechanism=mechanism.describe(),
                   directions=_directions(int(config.seed), trainable_parameters(model)[0][1].device))
     if tokenizer is not None: shared["tokenizer"] = tokenizer_identity(tokenizer)
+    if task.fidelity != "default": shared["fidelity"] = task.fidelity
     private = dict(recipe=asdict(config), task=dict(task.describe(), fingerprint=task.fingerprint), versions=versions())
     return dict(shared, **private, **_source(model)), dict(shared, format=FORMAT, update=config.update)
 

@@ -78,7 +78,8 @@ _within = lambda part, names: " ".join(f"{part}.{n}" for n in names.split())
 
 _FIELDS = {
     "transcript.jsonl": {
-        PUBLIC: f"{_HEADER} format t update.k update.lr update.lr_schedule update.restore update.steps update.zo_eps",
+        PUBLIC: f"{_HEADER} format t update.k update.lr update.lr_schedule update.restore update.steps update.zo_eps "
+                "fidelity",
         AFTER: "y end.best_step end.weights ~",
         POOL: "design.text_prior"},
     "guarantee.md": {PUBLIC: _GUARANTEE, POOL: "mi_spent text_prior once_bound", AFTER: "digest"},
@@ -92,7 +93,8 @@ _FIELDS = {
 # %% ../../nbs/rooms/run/visibility.ipynb #5d1c100b
 _FIELDS |= {
     "config.json": {
-        PUBLIC: f"{_HEADER} recipe.* versions.* source task.kind task.max_new_tokens task.metric task.n_dev "
+        PUBLIC: f"{_HEADER} recipe.* versions.* source task.kind task.max_new_tokens task.metric task.n_dev fidelity "
+                "task.fidelity "
                 "task.n_pool task.n_test task.name task.objective task.options task.seed task.source task.stop "
                 "task.cut_from_own_file.dev task.cut_from_own_file.test "
                 "task.label_shares.dev task.label_shares.test",

@@ -128,7 +128,8 @@ def render(
     split:str, # begins every uid
 )->tuple: # of `Example`
     "The rows in this order, as examples."
-    fill = lambda row: spec.template.format(**{c: row[c].strip() if spec.strip else row[c] for c in spec.fields})
+    bare = spec.fields if spec.strip is True else spec.strip or ()
+    fill = lambda row: spec.template.format(**{c: row[c].strip() if c in bare else row[c] for c in spec.fields})
     uid = lambda i: f"{split}:{rows[i].get(spec.uid, i) if spec.uid else i}"
     make = (lambda t: dict(label=t)) if spec.options else (lambda t: t if spec.choices else dict(answers=t))
     return tuple(Example(prompt=fill(rows[i]), uid=uid(i), group=_group(rows[i], spec), **make(targets[i]))

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from ..check import integer
 from .examples import check_rows, render
+from .fidelity import fidelity_named
 from .prepare import prepared
 from .rows import DEVELOPMENT, find_rows
 from .spec import resolve_task
@@ -26,19 +27,21 @@ def load_task(
     n_eval:int|None = None, # test examples at most; None: as the task says (SQuAD 1000, else all)
     path = None, # folder with train.*, validation.* and perhaps development.*; None: the hub, or embedded
     data = None, # rows instead of a folder: a table, or {"train": table, "validation": table, "development": table}
+    fidelity:str|None = None, # "paper": as the paper's code has it (`tasks.fidelity`); None: "default"
 )->Task:
     "Load, check and split a task; every error comes before any work and says what to do."
-    spec = resolve_task(name)
+    rules = fidelity_named(fidelity)
+    spec = rules.spec_for(resolve_task(name))
     integer("seed", seed, 0, 2**32 - 1)
     integer("n_train", n_train, 1)
     integer("n_dev", n_dev, 0)
     n_eval = spec.n_eval if n_eval is None else integer("n_eval", n_eval, 1)
     found = _found(spec, path, data, n_train + n_dev, n_eval)
-    parts = _parts(spec, found, seed, n_train, n_dev, n_eval)
+    parts = _parts(spec, found, seed, n_train, n_dev, n_eval, rules.seed_for_test(seed))
     own = tuple(part for part in found["own"] if parts[part])
     return _warn(Task(name=spec.name, kind=spec.kind, options=spec.options, metric=spec.metric, own_file=own,
                       source=found["source"], seed=int(seed), max_new_tokens=spec.max_new_tokens, stop=spec.stop,
-                      **parts))
+                      fidelity=rules.name, **parts))
 
 # %% ../../nbs/rooms/tasks/load.ipynb #e195b52d
 def _found(spec, path, data, wanted, n_eval):
@@ -60,14 +63,14 @@ def _found(spec, path, data, wanted, n_eval):
     return found | dict(train=take(rest, "train"), test=take(test, split))
 
 # %% ../../nbs/rooms/tasks/load.ipynb #7d000001
-def _parts(spec, found, seed, n_train, n_dev, n_eval):
+def _parts(spec, found, seed, n_train, n_dev, n_eval, test_seed):
     "The pool, the development set and the test set, as examples."
     train, test, apart = (found[k] for k in ("train", "test", "dev"))
     pool, dev = split_rows(len(train["rows"]), n_train, n_dev if apart is None else 0, seed)
     if apart is not None:
         dev, _ = split_rows(len(apart["rows"]), min(n_dev, len(apart["rows"])), 0, seed)
     return dict(pool=render(**train, order=pool, spec=spec), dev=render(**(apart or train), order=dev, spec=spec),
-                test=render(**test, order=eval_rows(len(test["rows"]), n_eval), spec=spec))
+                test=render(**test, order=eval_rows(len(test["rows"]), n_eval, test_seed), spec=spec))
 
 # %% ../../nbs/rooms/tasks/load.ipynb #7d000003
 _APART = ("If they are private, too, use public ones in their place: a file development.* (and test.*) beside "

@@ -36,7 +36,7 @@ class TaskSpec(RowSource):
     labels:object = None # raw label of each option, in their order; or a dict raw -> index; None: 0, 1, …
     answers:str = "answers" # column of the answers (generation): a string, a list, or SQuAD's {"text": [...]}
     uid:str = "" # column that identifies a row; "": its number
-    strip:bool = True # the prompt's columns lose the white space around them
+    strip:bool|tuple = True # the prompt's columns lose the white space around them; or the names of those that do
     max_new_tokens:int = 50 # generation only
     stop:str = "\n" # generation only
     choices:str = "" # column that lists a row's own options, in place of `options`; the label counts from 0

@@ -26,11 +26,12 @@ def split_rows(
 def eval_rows(
     n_rows:int, # rows of the evaluation split
     n_eval:int|None, # size of the test set; None or n_rows and more: all of them, in their order
+    seed:int = 0, # of the choice, not of the run
 )->np.ndarray: # row numbers of the test set
-    "The public choice of the test set, the same for every seed."
+    "The public choice of the test set, the same for every run that doesn't ask for another."
     if n_eval is None or n_eval >= n_rows:
         return np.arange(n_rows)
-    return np.random.RandomState(0).permutation(n_rows)[:n_eval]
+    return np.random.RandomState(seed).permutation(n_rows)[:n_eval]
 
 # %% ../../nbs/rooms/tasks/split.ipynb #3344aa17
 def set_apart(

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from fastcore.basics import patch
+from .fidelity import Fidelity, fidelity_named
 
 # %% ../../nbs/rooms/tasks/task.ipynb #dabfaf7d
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Task:
     source:str = "" # where the rows came from
     seed:int = 0 # of the public permutation
     own_file:tuple[str, ...] = () # of "dev", "test": cut from the file that the pool is from
+    fidelity:str = "default" # how answers end and are scored: as users want it, or as in the "paper"'s code
 
     @cached_property
     def fingerprint(self)->str: # sha256, hex
@@ -61,6 +63,12 @@ def objective(self:Task)->str:
     own = self.kind == "classification" and not self.options
     return OBJECTIVES["choice" if own else self.kind]
 
+# %% ../../nbs/rooms/tasks/task.ipynb #f1de0301
+@patch(as_prop=True)
+def rules(self:Task)->Fidelity:
+    "What its fidelity chooses."
+    return fidelity_named(self.fidelity)
+
 # %% ../../nbs/rooms/tasks/task.ipynb #3c7fcf30
 def _content(e):
     "What a run sees of an example."
@@ -71,6 +79,7 @@ def _fingerprint(task):
     "sha256 (hex) of everything that a run sees of a task."
     parts = [[_content(e) for e in part] for part in (task.pool, task.dev, task.test)]
     content = [task.kind, list(task.options), task.metric, task.max_new_tokens, task.stop, *parts]
+    content += [task.fidelity] if task.fidelity != "default" else []
     return hashlib.sha256(json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 # %% ../../nbs/rooms/tasks/task.ipynb #f62fb9f6
@@ -97,6 +106,7 @@ def describe(self:Task)->dict: # JSON-able
              seed=self.seed, n_pool=len(self.pool), n_dev=len(self.dev), n_test=len(self.test),
              fingerprint=self.fingerprint, pool_fingerprint=_pool_fingerprint(self),
              prompts_also_in_pool=count_repeats(self))
+    d |= dict(fidelity=self.fidelity) if self.fidelity != "default" else {}
     if self.own_file:
         d |= dict(cut_from_own_file={part: len(getattr(self, part)) for part in self.own_file})
     if self.kind == "generation":

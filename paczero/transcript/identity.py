@@ -163,9 +163,12 @@ def check_identity(
     if "tokenizer" not in header: return [*open_, f"tokenizer {NOT_RECORDED}"]
     if tokenizer is None: return [*open_, "tokenizer: none was given"]
     old, new = header["tokenizer"], tokenizer_identity(tokenizer)
+    first = header["model"].get("first_token")
+    first = f", as load_model(..., first_token={first!r:.40}) has it" if first is not None else ""
     if differ := [k for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k)]:
         raise TranscriptError(f"this is another tokenizer than the run's: its {', '.join(differ)} "
-                              f"{'differs' if len(differ) == 1 else 'differ'}. Load the one that came with the model")
+                              f"{'differs' if len(differ) == 1 else 'differ'}. Load the one that came with the model"
+                              f"{first}")
     return open_
 
 # %% ../../nbs/rooms/transcript/identity.ipynb #4a6ec024

@@ -55,6 +55,7 @@ def check_header(
     for part, field in (("directions", "z"), ("directions", "device"), ("model", "weights")):
         v = header[part].get(field)
         _need(isinstance(v, str), f"line 1: {field} must be text, got {v!r}")
+    _need(isinstance(header.get("fidelity", ""), str), f"line 1: fidelity must be text, got {header.get('fidelity')!r}")
     model = header["model"]
     for part, v in dict(tokenizer=header.get("tokenizer", {}), config=model.get("config", {}),
                         buffers=model.get("buffers", {})).items():            # none of them in older transcripts
