@@ -60,6 +60,7 @@ def step(
     releases = run.mechanism.step(ghat, clip=c.clip)              # clip, M subset means, one bit a direction
     run.disk.write_step(t, releases, run.diary.entry(t, ghat, loss, time.perf_counter() - start))
     run.watch.see(t, seen, releases, rows)                                  # nobody, but for who asked to
+    run.diary.warn_of_clip(run.disk.ledger.entries[-1]["diagnostics"])
     a = coefficients(t, [r.scalar for r in releases], c.update)             # lr_t · y / K
     if t == 0: warn_of_rounding(run.theta, a, c.lr)
     run.theta.update(t, a)                                                  # θ − Σ a z
@@ -82,7 +83,7 @@ class Training:
     "One run in progress."
     def __init__(self, team, model, tokenizer, task, mechanism, config, runtime, folder, callbacks, keep):
         self.team, self.model, self.task, self.mechanism = team, model, task, mechanism
-        self.config, self.runtime, self.diary = config, runtime, Diary(mechanism.secret_batches, config)
+        self.config, self.runtime, self.diary = config, runtime, Diary(mechanism, config)
         design, params = config.design_for(task, mechanism), trainable_parameters(model)
         self.device = params[0][1].device
         objectives = task_objectives(team, model, tokenizer, task, runtime, _read_alone(mechanism, task))
@@ -119,6 +120,7 @@ def resume(self:Training)->int: # steps that were already done
     if not self.over: hold_secret(self.mechanism, self.disk)
     if steps: self.mechanism.restore([r for e in steps for r in e["releases"]])
     for t, e in enumerate(steps):
+        self.diary.note(e["diagnostics"])
         take_step(self.theta, t, [r["scalar"] for r in e["releases"]], self.config.update)
         if t + 1 in seen: self.best.see(t + 1, seen[t + 1])
     return len(steps)

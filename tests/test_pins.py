@@ -179,6 +179,22 @@ def without_name(ledger, mechanism):
     return rest if "run" in first else ledger
 
 
+INSIDE = {"clipped", "ghat_max", "subset_var", "posterior_entropy"}  # of a step, in ledgers since the pins
+
+
+def without_inside(ledger, mechanism):
+    "A ledger's lines without what they tell of a step's inside since the pins were made; of secret batches, nothing."
+    told = {"clipped", "ghat_max", "subset_var"} | ({"posterior_entropy"} if mechanism["name"] == "mi" else set())
+    out = []
+    for e in ledger:
+        if "diagnostics" in e:
+            d = e["diagnostics"]
+            assert INSIDE & set(d) == (set() if mechanism["name"] == "dpzero" else told)
+            e = dict(e, diagnostics={k: v for k, v in d.items() if k not in INSIDE})
+        out.append(e)
+    return out
+
+
 def transcript_as_pinned(folder):
     "The text of a run's transcript, and its digest, as they were before its first line named more."
     header, *steps = [{k: v for k, v in e.items() if k != "~"} for e in lines(folder / "transcript.jsonl")]
@@ -197,13 +213,13 @@ def told(run, folder, result):
     out = dict(
         config=as_pinned(json.loads((folder / "config.json").read_text())),
         transcript=[json.loads(line) for line in text.splitlines()],
-        ledger=without_name(lines(folder / "ledger.jsonl"), run["mechanism"]),
+        ledger=without_inside(without_name(lines(folder / "ledger.jsonl"), run["mechanism"]), run["mechanism"]),
         guarantee=(folder / "guarantee.md").read_text(),
         metrics=metrics,
         metrics_keys=sorted(metrics),
         moved=moved(result.model, run.get("track", "full")),
         files=sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")),
-        history=list(result.history.columns),
+        history=[c for c in result.history.columns if c not in INSIDE],
         looks=list(result.evaluations.columns),
     )
     names = {result.transcript.digest: "TRANSCRIPT", exact["weights"]: "WEIGHTS"}

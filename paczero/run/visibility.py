@@ -111,13 +111,15 @@ _FIELDS |= {
         PUBLIC: "run t at test_before test_before.* stamp diagnostics.lr",
         AFTER: "dev.* releases.sign releases.scalar releases.r",
         POOL: "releases.kind releases.mi releases.q_plus releases.signs releases.sigma diagnostics.loss "
-              "diagnostics.ghat_mean diagnostics.ghat_std diagnostics.seconds ~"},
-    "diagnostics.parquet": {
-        PUBLIC: "step k lr", AFTER: "released",
-        POOL: "loss kind mi q_plus share_plus unanimous ghat_mean ghat_std sigma seconds"}}
+              "diagnostics.ghat_mean diagnostics.ghat_std diagnostics.seconds "
+              "diagnostics.clipped diagnostics.ghat_max diagnostics.subset_var diagnostics.posterior_entropy ~"}}
 
 # %% ../../nbs/rooms/run/visibility.ipynb #5d1c100d
 _FIELDS |= {
+    "diagnostics.parquet": {
+        PUBLIC: "step k lr", AFTER: "released",
+        POOL: "loss kind mi q_plus share_plus unanimous ghat_mean ghat_std sigma seconds "
+              "clipped ghat_max subset_var posterior_entropy"},
     "on_log": {PUBLIC: "step learning_rate", POOL: "loss mi_spent unanimous"},
     "on_evaluate": {PUBLIC: "step", AFTER: "eval_accuracy eval_loss eval_f1 eval_exact_match"},
     "progress": {PUBLIC: "step steps", AFTER: "eval_accuracy eval_loss eval_f1",
