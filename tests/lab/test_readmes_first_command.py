@@ -38,7 +38,7 @@ def job(house):
 FILES = {
     "config.json", "transcript.jsonl", "ledger.jsonl", "metrics.json", "guarantee.md", "diagnostics.parquet",
     "evaluations.csv", "figures/scores.png", "figures/scores.svg", "figures/run.png", "figures/run.svg",
-    "reference/metrics.json", "public-data/metrics.json",
+    "figures/diagnostics.png", "figures/diagnostics.svg", "reference/metrics.json", "public-data/metrics.json",
 }
 
 
