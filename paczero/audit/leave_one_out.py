@@ -95,6 +95,9 @@ def markdown(self:LeaveOneOutReport)->str:
 @patch
 def _repr_markdown_(self:LeaveOneOutReport): return self.markdown()
 
+@patch
+def __repr__(self:LeaveOneOutReport): return f'LeaveOneOutReport(private, of {len(self.llr)} examples)'
+
 # %% ../../nbs/rooms/audit/leave_one_out.ipynb #154734cc
 class Witness:
     "Adds up what each step says of each example."
