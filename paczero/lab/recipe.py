@@ -116,6 +116,11 @@ def rules(self:Recipe)->Fidelity:
     "What its fidelity chooses."
     return fidelity_named(self.fidelity)
 
+@patch(as_prop=True)
+def noisy_n(self:Recipe)->bool: # for mechanisms that take it
+    "Whether a differentially private run spends a part of ε on a noisy pool size."
+    return self.rules.noisy_n
+
 # %% ../../nbs/rooms/lab/recipe.ipynb #66b13fb3
 _HEAD = ("model", "task", "track", "mechanism") # then the mechanisms' own fields, then
 _TAIL = ("k", "lora_rank", "lora_alpha", "lr", "lr_schedule", "clip", "steps", "m", "design", "r", "seed", "n_train",

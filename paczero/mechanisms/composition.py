@@ -22,6 +22,7 @@ class DPCost(NamedTuple):
     noise_multiplier:float # σ
     sample_rate:float      # q
     steps:int              # T, all that were planned
+    pool_epsilon:float = 0. # ε of a noisy pool size, part of the ε above
 
 def dp_cost(
     g, # the run's guarantee
@@ -40,12 +41,12 @@ _MANY = 12 # different plans: more are left to the RDP accountant
 
 def _composed(costs, delta):
     "(ε, how) of the accountant that can tell, PRV before RDP; (∞, '') where none can."
-    plans = [c[2:] for c in costs]
+    plans, sizes = [c[2:5] for c in costs], _sum_up([c.pool_epsilon for c in costs])
     many = len({p[:2] for p in plans}) > _MANY
     for accountant in ('rdp',) if many else ('prv', 'rdp'):
         try: epsilon = composed_epsilon(plans, delta, accountant)
         except (ValueError, ImportError): continue
-        return epsilon, f'composed by the {accountant.upper()} accountant'
+        return epsilon + sizes, f'composed by the {accountant.upper()} accountant'
     return math.inf, 'no accountant can tell at this δ'
 
 # %% ../../nbs/rooms/mechanisms/composition.ipynb #a2fbe18c

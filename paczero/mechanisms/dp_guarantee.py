@@ -45,6 +45,7 @@ class DPGuarantee(Guarantee):
     clip: float             # c
     noise_multiplier: float # σ
     accountant: str         # which, and its version
+    pool_epsilon: float = 0. # ε of a noisy pool size, part of the run's ε
 
     @property
     def assumptions(self)->tuple:
@@ -68,6 +69,13 @@ def statement(self:DPGuarantee)->str:
             f"**{rounded_up(self.posterior_bound)}**, (e^ε + δ)/(1 + e^ε). δ bounds the chance of outcomes that tell "
             "more than ε does.")
 
+@patch
+def to_dict(self:DPGuarantee)->dict: # JSON-able
+    "Numbers and words; nothing of a noisy pool size where there is none."
+    told = Guarantee.to_dict(self)
+    return told if self.pool_epsilon else {k: v for k, v in told.items() if k != 'pool_epsilon'}
+
+# %% ../../nbs/rooms/mechanisms/dp_guarantee.ipynb #f1de0801
 @patch
 def rows(self:DPGuarantee)->list: # of (what, value)
     "The numbers of the page."

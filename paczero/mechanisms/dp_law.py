@@ -7,6 +7,7 @@ __all__ = ['clipped_vectors', 'GaussianLaw']
 
 # %% ../../nbs/rooms/mechanisms/dp_law.ipynb #fe00dc09
 import numpy as np
+from fastcore.basics import patch
 from ..check import finite
 from .law import Law
 
@@ -27,18 +28,29 @@ class GaussianLaw(Law):
 
     def __init__(self, design, *,
         clip:float, sample_rate:float, noise_multiplier:float, directions:int, # as the mechanism has them
+        pool_epsilon:float=0., # ε of a noisy pool size, which is drawn once; 0: n is public
     ):
         super().__init__(design)
         self.clip, self.rate, self.std, self.k = clip, sample_rate, clip * noise_multiplier, directions
+        self.size_epsilon = pool_epsilon # until it is told
 
     def step(self, ghat, releases, *, clip=None, rows=None):
         "What a step's K numbers say of each example; `rows` is its secret batch."
         v = clipped_vectors(ghat, self.clip)                                # (K, n)
         inside = np.zeros(self.design.n, bool)
         inside[rows] = True
-        released = np.array([r.scalar for r in releases]) * self.rate * self.design.n / self.k
+        size = self.design.n if releases[0].pool_size is None else releases[0].pool_size
+        released = np.array([r.scalar for r in releases]) * self.rate * size / self.k
         rest = (released - v[:, inside].sum(1))[:, None] + np.where(inside, v, 0.)      # (K, n): R - T without i
         exponent = (2 * (rest * v).sum(0) - (v**2).sum(0)) / (2 * self.std**2)
         with np.errstate(divide='ignore'):
             llr = np.logaddexp(np.log1p(-self.rate), np.log(self.rate) + exponent)
-        return llr, (v != 0).any(0)
+        return llr + self._of_size(size), (v != 0).any(0)
+
+
+# %% ../../nbs/rooms/mechanisms/dp_law.ipynb #f1de0802
+@patch
+def _of_size(self:GaussianLaw, size):
+    "What the noisy pool size says, once: whether it was drawn around n or around n - 1."
+    told, self.size_epsilon = self.size_epsilon * (1 if size >= self.design.n else -1), 0.
+    return told

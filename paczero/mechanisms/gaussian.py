@@ -12,7 +12,7 @@ from importlib.metadata import version
 import numpy as np
 from fastcore.basics import patch
 from ..check import finite, integer, is_number, number, require
-from .accountant import check_plan, dp_posterior_bound, epsilon_spent
+from .accountant import aggzo_multiplier, check_plan, dp_posterior_bound, epsilon_spent, FOR_SIZE
 from .accountant import noise_multiplier as multiplier_for
 from .base import Mechanism
 from .dp_guarantee import DPGuarantee
@@ -49,7 +49,7 @@ _COARSE = 'below it one example more in a batch moves the sum of the others'
 class _Gaussian(Mechanism):
     "Poisson batch, clipped sum, Gaussian noise; (ε, δ)-DP over all steps."
     secret_batches = dp = real_valued = True
-    fields, takes = _FIELDS, dict(steps='steps', clip='clip', directions='k')
+    fields, takes = _FIELDS, dict(steps='steps', clip='clip', directions='k', noisy_n='noisy_n')
 
     def __init__(self, *, epsilon:float,      # ε > 0, not to be exceeded by the whole run
                  delta:float=1e-5,            # δ, in (0, 1)
@@ -57,10 +57,12 @@ class _Gaussian(Mechanism):
                  steps:int,                   # T
                  clip:float,                  # c > 0, bound on an example's L2 norm over the directions
                  directions:int,              # K
-                 accountant:str='prv',        # "prv" or "rdp"
+                 accountant:str=None,         # "prv" or "rdp"; None: "prv", with `noisy_n` "rdp"
                  sampling:str='poisson',      # anything else is refused
                  noise_multiplier:float=None, # σ; None: found by the accountant
+                 noisy_n:bool=False,          # as DP-AggZO's release: 5 % of ε for a noisy pool size
                  audit_seed:int=None):        # fixes batches and noise, and voids the guarantee
+        accountant, self.noisy_n = accountant or ('rdp' if noisy_n else 'prv'), bool(noisy_n)
         self.delta, self.sample_rate, self.steps = check_plan(delta, sample_rate, steps, accountant, sampling)
         if clip is None or isinstance(clip, (bool, str)) or not 0 < number('clip', clip, 0, 1.7e308):
             raise ValueError(f"clip = {clip!r} must be a finite number above 0: {_CLIP}")
@@ -68,20 +70,23 @@ class _Gaussian(Mechanism):
         self._plan_noise(epsilon, noise_multiplier)
         super().__init__(audit_seed=audit_seed)
 
-    def release(self, total, *, pool_mean:float=None)->Release: # one coordinate of the clipped sum
-        "The noisy coordinate: see below."
-        return self._noised(total)
+# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #f1de0711
+@patch
+def release(self:_Gaussian, total, *, pool_mean:float=None)->Release: # one coordinate of the clipped sum
+    "The noisy coordinate: see below."
+    return self._noised(total)
 
 # %% ../../nbs/rooms/mechanisms/gaussian.ipynb #4a8feebb
 @patch
 def _plan_noise(self:_Gaussian, epsilon:float, noise_multiplier:float):
     "The noise that the plan needs, or a check of the noise that is given."
     plan = (self.delta, self.sample_rate, self.steps, self.accountant)
-    if noise_multiplier is None:
-        self.noise_multiplier = multiplier_for(epsilon, *plan)
-    else:
+    self.epsilon, self.pool_epsilon = number('epsilon', epsilon, 0, 100), FOR_SIZE * epsilon if self.noisy_n else 0.
+    if noise_multiplier is not None:
         self.noise_multiplier = number('noise_multiplier', noise_multiplier, 1e-3, 1e9)
-    self.epsilon, self.booked = number('epsilon', epsilon, 0, 100), epsilon_spent(self.noise_multiplier, *plan)
+    else:
+        self.noise_multiplier = aggzo_multiplier(epsilon, *plan[:3]) if self.noisy_n else multiplier_for(epsilon, *plan)
+    self.booked = epsilon_spent(self.noise_multiplier, *plan) + self.pool_epsilon
     if self.booked > self.epsilon:
         raise ValueError(f"noise_multiplier = {noise_multiplier!r} is too little for epsilon = {epsilon!r}: it costs "
                          f"{self.booked:.6g}; leave it out to have it found")
@@ -94,17 +99,20 @@ def _new_ledger(self:_Gaussian)->Ledger: # of nats: nothing is booked there
 def _reset(self:_Gaussian):
     Mechanism._reset(self)
     self._drawn = None # size of the batch in use
+    self._size = None # the noisy pool size, once it is drawn
 
 # %% ../../nbs/rooms/mechanisms/gaussian.ipynb #47d747b5
 @patch
 def _arguments(self:_Gaussian):
     names = ('epsilon', 'delta', 'sample_rate', 'steps', 'clip', 'directions', 'accountant', 'noise_multiplier')
-    return {k: getattr(self, k) for k in names}
+    return {k: getattr(self, k) for k in names} | (dict(noisy_n=True) if self.noisy_n else {})
 
 @patch
 def describe(self:_Gaussian)->dict:
     "What config.json records of the mechanism, with the accountant's word."
-    booked = dict(epsilon=self.booked, sampling='poisson', accountant=f'opacus {version("opacus")}, {self.accountant}')
+    size = f'; {self.pool_epsilon:g} of ε is for a noisy pool size' if self.noisy_n else ''
+    booked = dict(epsilon=self.booked, sampling='poisson',
+                  accountant=f'opacus {version("opacus")}, {self.accountant}{size}')
     return Mechanism.describe(self) | dict(booked=booked)
 
 @patch(cls_method=True)
@@ -165,8 +173,8 @@ def _noised(self:_Gaussian, total)->Release:
     std = self.clip * self.noise_multiplier
     grid = math.ldexp(1.0, math.frexp(std)[1] - 21)
     noisy = round((float(total) + std * self._entropy.gauss(f'noise {self.count}')) / grid) * grid
-    value = self.directions * noisy / (self.sample_rate * self.design.n)
-    return self._record(Release(sign=1 if value >= 0 else -1, kind='gaussian', scalar=value))
+    value = self.directions * noisy / (self.sample_rate * self._pool_size())
+    return self._record(Release(sign=1 if value >= 0 else -1, kind='gaussian', scalar=value, pool_size=self._size))
 
 @patch
 def _verify(self:_Gaussian, rel:Release):
@@ -174,6 +182,28 @@ def _verify(self:_Gaussian, rel:Release):
         raise ValueError(f"kind {rel.kind!r} with sign {rel.sign} and scalar {rel.scalar} is no release of {self.name}")
     if self.count >= self.steps * self.directions:
         raise ValueError(f"all {self.steps * self.directions} planned releases are there already")
+    if rel.pool_size is not None and (not self.noisy_n or self.count and rel.pool_size != self._size):
+        raise ValueError(f"pool_size = {rel.pool_size} is not that of this run: {self._size}")
+
+# %% ../../nbs/rooms/mechanisms/gaussian.ipynb #f1de0713
+@patch
+def _pool_size(self:_Gaussian)->int:
+    "n, or the run's noisy n."
+    if not self.noisy_n:
+        return self.design.n
+    if self._size is None and self.count:
+        raise RuntimeError(f"{self!r}: the releases that are there do not tell their noisy pool size, and another one "
+                           "would cost again: the ledger of the run is needed to go on")
+    if self._size is None:
+        more, less = (math.floor(-math.log((self._entropy.bits(130, f'size {side}') + .5) / 2**130) / self.pool_epsilon)
+                      for side in '+-')
+        self._size = max(1, self.design.n + more - less)
+    return self._size
+
+@patch
+def _record(self:_Gaussian, rel:Release)->Release:
+    self._size = rel.pool_size
+    return Mechanism._record(self, rel)
 
 # %% ../../nbs/rooms/mechanisms/gaussian.ipynb #f3a6afdc
 @patch
@@ -181,7 +211,7 @@ def guarantee(self:_Gaussian)->DPGuarantee:
     "What may be said of this run: the ε of all planned steps, also where it stopped earlier."
     if self.design is None:
         raise RuntimeError(f"{self.name}: bind a SubsetDesign first, which says how large the pool is")
-    names = ('delta', 'sample_rate', 'steps', 'directions', 'clip', 'noise_multiplier')
+    names = ('delta', 'sample_rate', 'steps', 'directions', 'clip', 'noise_multiplier', 'pool_epsilon')
     facts = dict(mechanism=repr(self), private=True, n=self.design.n, m=None, design='none', prior=.5,
                  releases=self.count, mi_budget=None, mi_spent=None, mi=None, subset_bound=None,
                  secret="drawn from the operating system's entropy, kept nowhere",
@@ -194,7 +224,7 @@ def guarantee(self:_Gaussian)->DPGuarantee:
 @patch
 def law(self:_Gaussian)->GaussianLaw:
     "What a pool that lacks one example would have released instead."
-    names = ('clip', 'sample_rate', 'noise_multiplier', 'directions')
+    names = ('clip', 'sample_rate', 'noise_multiplier', 'directions', 'pool_epsilon')
     return GaussianLaw(self.design, **{k: getattr(self, k) for k in names})
 
 # %% ../../nbs/rooms/mechanisms/gaussian.ipynb #c0d3df3b

@@ -69,6 +69,7 @@ class Release:
     signs: str = None    # the M quantised signs, packed; known to the attacker, who knows the pool
     r: float = None      # the released real number, for kind "noisy"
     sigma: float = None  # its noise std, in units of the sign
+    pool_size: int = None # the run's noisy pool size, for kind "gaussian" of a run that has one
 
     def __post_init__(self):
         _check_kind(self)
@@ -88,6 +89,10 @@ def _check_kind(rel):
         raise ValueError(f"sign = {str(rel.sign)[:60]} must be +1 or -1")
     if rel.kind not in _RELEASE_KINDS:
         raise ValueError(f"kind = {str(rel.kind)[:60]!r} must be one of {_RELEASE_KINDS}")
+    size = rel.pool_size
+    if size is not None and (rel.kind != 'gaussian' or type(size) is not int or not 1 <= size <= 10**15):
+        raise ValueError(f"pool_size = {str(size)[:60]} must be a whole number >= 1, and goes with kind 'gaussian' "
+                         "only")
     if rel.kind == 'gaussian' and (rel.mi, rel.q_plus) != (None, None):
         raise ValueError(f"mi = {rel.mi} and q_plus = {rel.q_plus} must be None for kind 'gaussian'")
 

@@ -73,7 +73,7 @@ _HEADER = "model.* tokenizer.* mechanism.* design.fingerprint design.kind design
           "design.stream directions.device directions.seed directions.torch directions.z"
 _GUARANTEE = "mechanism private n m design prior releases mi_budget secret mi posterior_bound subset_bound " \
              "epsilon stamp delta sample_rate steps directions clip noise_multiplier accountant covered statement " \
-             "assumptions not_covered"
+             "assumptions not_covered pool_epsilon"
 _within = lambda part, names: " ".join(f"{part}.{n}" for n in names.split())
 
 _FIELDS = {
@@ -109,7 +109,7 @@ _FIELDS |= {
               "peak_memory_bytes"},
     "ledger.jsonl": {
         PUBLIC: "run t at test_before test_before.* stamp diagnostics.lr",
-        AFTER: "dev.* releases.sign releases.scalar releases.r",
+        AFTER: "dev.* releases.sign releases.scalar releases.r releases.pool_size",
         POOL: "releases.kind releases.mi releases.q_plus releases.signs releases.sigma diagnostics.loss "
               "diagnostics.ghat_mean diagnostics.ghat_std diagnostics.seconds "
               "diagnostics.clipped diagnostics.ghat_max diagnostics.subset_var diagnostics.posterior_entropy ~"}}
