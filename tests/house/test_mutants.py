@@ -3,6 +3,7 @@
 `python tools/mutants` tries them all; results/mutants.md is what it said last.
 """
 import json
+import re
 
 import pytest
 
@@ -51,6 +52,15 @@ LOGS = {
 def test_what_broke_has_tested_nothing(log, verdict):
     assert Outcome(False, *raised(log), 0.0).verdict == verdict
     assert Outcome(True, *raised(log), 0.0).verdict == "survived"
+
+
+def test_the_table_is_whole():
+    "The last run in full: nothing survived it."
+    page = (ROOT / "results" / "mutants.md").read_text(encoding="utf-8")
+    count, killed, survived, invalid = map(int, re.search(
+        r"(\d+) wrong versions.*\*\*(\d+) killed, (\d+) survived, (\d+) invalid\*\*", page, re.S).groups())
+    assert count == killed >= 80 and survived == invalid == 0
+    assert page.count("| killed |") == count
 
 
 @pytest.mark.slow
