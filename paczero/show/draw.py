@@ -7,9 +7,10 @@ __all__ = ['WHISKERS', 'by_set', 'titled', 'axes', 'legend', 'ticks', 'draw', 'd
 
 # %% ../../nbs/rooms/show/draw.ipynb #00000002
 from ..check import write_atomically
-from .runs import SETS, find_results
+from ..lab.reported import own_value, read_reported
+from .runs import SETS, cell_registry, find_results
 from .style import colour as colour_of, save_figure, style
-from .tables import reported_rows
+from .tables import YOURS, reported_rows
 
 # %% ../../nbs/rooms/show/draw.ipynb #00000007
 def by_set(
@@ -92,14 +93,24 @@ def draw(
 def draw_reported(
     ax, # matplotlib axes
     model:str, task:str, track:str,
+    reported=None, # file of reported values of your own (`lab.reported`)
 ):
     "The paper's reported values for this model, task and track as dashed lines, labelled as reported."
-    r = reported_rows()
+    r, own = reported_rows(), read_reported(reported)
     r = r[(r.model == model) & (r.task == task) & (r.track == track)]
     for v in r.itertuples():
         mezo = v.mechanism.startswith("nonprivate")
         tint, name = colour_of("nonprivate" if mezo else v.mechanism), "MeZO" if mezo else "ZPL"
-        ax.axhline(v.mean, ls="--", lw=1.2, color=tint, label=f"reported ({model}, {track}): {name} {v.mean:g} %")
+        mine = own_value(own, _cells_like(v, mezo))
+        mean, whose = (v.mean, "reported") if mine is None else (mine.mean, YOURS)
+        ax.axhline(mean, ls="--", lw=1.2, color=tint, label=f"{whose} ({model}, {track}): {name} {mean:g} %")
+
+# %% ../../nbs/rooms/show/draw.ipynb #f1de0a11
+def _cells_like(v, mezo)->list: # of run ids
+    "The cells of a reported row."
+    c = cell_registry()
+    method = c.ablation == "raw_full" if mezo else (c.table == v.table) & (c.mechanism == v.mechanism) & (c.mi == v.mi)
+    return list(c.run_id[(c.model == v.model) & (c.task == v.task) & (c.track == v.track) & method])
 
 # %% ../../nbs/rooms/show/draw.ipynb #00000011
 def save(

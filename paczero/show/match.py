@@ -7,12 +7,13 @@ __all__ = ['Match', 'band', 'own_run', 'matches']
 
 # %% ../../nbs/rooms/show/match.ipynb #00000002
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from ..check import require
+from ..lab.reported import read_reported
 from ..markup import md
 from ..run.runs import find_run
-from .runs import SAME, cell_registry, measured, recipe_of
+from .runs import SAME, cell_registry, fidelity_note, measured, recipe_of
 from .tables import reported_for, reported_rows
 
 # %% ../../nbs/rooms/show/match.ipynb #00000005
@@ -79,6 +80,8 @@ def own_run(
                mi=spec.get("budget", 0.0 if spec["name"] == "zpl" else math.nan), ablation=spec.get("signal") or "")
     like = _like(own, recipe)
     which = "miniature" if run["ran_model"] == "tiny-opt" else "paper"
+    note = fidelity_note(kept) if like else ""
+    run["note"] = "; ".join(filter(None, (run.get("note"), note)))
     return run | own | dict(set=which, seed=run["ran_seed"], table=like[0]["table"] if like else "",
                             like=[row["run_id"] for row in like])
 
@@ -149,18 +152,21 @@ def _verdict(rows:list, ref:_Reference, level:float)->Match:
     verdict = "inside" if inside else "outside" if ref.known else "undecided"
     return Match(verdict=verdict, score=score, low=float(low), high=float(high), text=text)
 
+# %% ../../nbs/rooms/show/match.ipynb #f1de0a02
+_SEEDS = ("; n is the number of seeds in the registry, for the source gives none; in the paper's runs the secret and "
+          "the first direction did not depend on the seed, so its ± is not that of independent runs")
+
 # %% ../../nbs/rooms/show/match.ipynb #00000012
-def _from_paper(rows, error:float):
+def _from_paper(rows, error:float, own):
     "The paper's number for a cell (a _Reference, or None)."
     if rows[0]["set"] == "miniature":
         what = f"{rows[0]['ran_model']} on {rows[0]['ran_task']}"
         raise ValueError(f"run: {what} cannot be held against a number of the paper (tiny-opt is not OPT-1.3B);\n"
                          "compare it with its own other seeds: others=…")
-    told = reported_for(rows[0])
+    told = reported_for(rows[0], own)
     if told is None: return None
     theirs = math.sqrt(told["mean"] * (100 - told["mean"]) / rows[0]["n_test"])
-    seeds = "; n is the number of seeds in the registry, for the source gives none"
-    if told["std"] != told["std"]: seeds = ""
+    seeds = "" if told["std"] != told["std"] else _SEEDS
     return _Reference(mean=told["mean"], std=told["std"], n=max(told["n"], 1), error=math.hypot(error, theirs),
                       source=told["source"] + seeds)
 
@@ -177,17 +183,26 @@ def _from_seeds(rows, others, error:float)->_Reference:
     error = 0.0 if n > 1 else math.hypot(error, ref[0]["standard_error"])
     return _Reference(mean=mean, std=std, n=n, error=error, source="own seeds")
 
+# %% ../../nbs/rooms/show/match.ipynb #f1de0a31
+def _noted(match, rows)->Match:
+    "The verdict, with what is to be said of how the runs were made."
+    notes = dict.fromkeys(n for r in rows for n in str(r.get("note", "")).split("; ") if "fidelity" in n)
+    return replace(match, text="; ".join((match.text, *notes)))
+
 # %% ../../nbs/rooms/show/match.ipynb #00000013
 def matches(
     run, # a finished row of `results`, several seeds of one cell (DataFrame), or a run's folder
     others=None, # finished rows of other seeds to compare with; None: the reported value
     level:float=.95,
+    reported=None, # file of reported values of your own (`lab.reported`)
 )->Match:
     "Does the run lie in the band that seeds explain, around the reported value or around one's own other seeds?"
     rows = _finished(run)
     error = sum(r["standard_error"] for r in rows) / len(rows)
-    ref = _from_paper(rows, error) if others is None else _from_seeds(rows, others, error)
-    if ref is not None: return _verdict(rows, ref, level)
+    own = read_reported(reported)
+    ref = _from_paper(rows, error, own) if others is None else _from_seeds(rows, others, error)
+    if ref is not None: return _noted(_verdict(rows, ref, level), rows)
     score = _mean_score(rows)
     known = f"the paper's value for this recipe is not among the {len(reported_rows())} that we know (reported.csv)"
+    known += f" or the {len(own)} of yours" if own else ""
     return Match(verdict="no reported value", score=score, low=math.nan, high=math.nan, text=f"{score:.2f} %; {known}")

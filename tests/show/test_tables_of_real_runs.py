@@ -8,6 +8,8 @@ import statistics
 import numpy as np
 import pandas as pd
 import pytest
+from common import ROOT
+from mill import parameters, run_papermill
 
 from paczero import paper, show
 from paczero.finetune import finetune
@@ -343,3 +345,39 @@ def test_a_figure_and_its_numbers_are_kept(drawn, results):
     assert str(results) not in text
     with pytest.raises(ValueError, match="miniature"):
         show.save(fig, g, "look", results, "small")
+
+
+def test_a_cells_run_with_another_fidelity_says_so(results):
+    to = paper_run(results, ZPL[0], 0.885)
+    note = "ran with fidelity 'default': a cell of the paper means 'paper'"
+    assert row(results, ZPL[0], "paper").note == note
+    assert show.matches(to).text.endswith(f"; {note}")
+    edit(to / "config.json", fidelity="paper")
+    assert row(results, ZPL[0], "paper").note == "" and "fidelity" not in show.matches(to).text
+
+
+def test_the_papers_spread_is_not_one_of_independent_runs(results):
+    paper_run(results, ZPL[0], 0.885)
+    r = row(results, ZPL[0], "paper")
+    assert "the secret and the first direction did not depend on the seed" in show.matches(r).text
+    assert "did not depend" not in show.matches(row(results, ZPL[1], "miniature"),
+                                                others=show.results(ZPL, results, "miniature").iloc[[0, 2]]).text
+
+
+def test_a_reported_value_of_ones_own_is_used_everywhere(results, tmp_path):
+    paper_run(results, ZPL[0], 0.7)
+    mine = tmp_path / "my.csv"
+    mine.write_text("table,model,task,track,mechanism,mi,metric,mean,std,source\n"
+                    "table1,opt-1.3b,sst2,ft,zpl,0,accuracy_percent,70.5,0.5,made up\n")
+    r = row(results, ZPL[0], "paper")
+    assert (show.matches(r).verdict, show.matches(r, reported=mine).verdict) == ("outside", "inside")
+    view = show.readable(show.grouped(show.results(ZPL, results), reported=mine)).iloc[0]
+    assert view["reported"] == "70.5 ± 0.5 % (yours)"
+    for page in ("headline", "does_my_run_match"):
+        done = tmp_path / f"{page}.ipynb"
+        given = parameters(results_dir=results, reported=mine)
+        run_papermill([ROOT / f"nbs/paper/{page}.ipynb", done, *given], tmp_path)
+        assert ("70.5 ± 0.5 % (yours)" if page == "headline" else "reported (yours): made up") in done.read_text()
+    mine.write_text(mine.read_text().replace("70.5", "705"))
+    with pytest.raises(ValueError, match="my.csv, row 2 .*mean must be a number from 0 to 100"):
+        show.grouped(show.results(ZPL, results), reported=mine)
