@@ -1,9 +1,10 @@
 "Wrong versions of the library, each of which a test must notice: `python tools/mutants` tries them all."
-from . import after, mathematics, mechanisms, record, together
+from . import after, mathematics, mechanisms, odds, record, together
 from .mutant import misplaced, Mutant, ROOT
 from .slot import Outcome, Slot, UNSOUND
 
-MUTANTS = [*mathematics.MUTANTS, *mechanisms.MUTANTS, *record.MUTANTS, *together.MUTANTS, *after.MUTANTS]
+MUTANTS = [*mathematics.MUTANTS, *mechanisms.MUTANTS, *record.MUTANTS, *together.MUTANTS, *after.MUTANTS,
+           *odds.MUTANTS]
 
 
 def chosen(names):

@@ -93,7 +93,7 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=1, help="copies of the tree at once")
     parser.add_argument("--list", action="store_true", help="say what they are, and stop")
     parser.add_argument("--at", metavar="COMMIT", help="a commit's tree; else the working tree")
-    parser.add_argument("--write", action="store_true", help="the table into results/mutants.md")
+    parser.add_argument("--write", action="store_true", help="the table into results/mutants.md; of some: behind it")
     args = parser.parse_args(argv)
     mutants = chosen(args.only)
     if args.list:
@@ -107,7 +107,8 @@ def main(argv=None):
     page = table(results, time.monotonic() - start, args.at)
     print(page)
     if args.write:
-        TABLE.write_text(page, encoding="utf-8")
+        before = TABLE.read_text(encoding="utf-8") + "\n" if args.only else ""
+        TABLE.write_text(before + (page.replace("# Wrong", "## Later: wrong") if before else page), encoding="utf-8")
     return int(any(o.verdict != "killed" for _, o in results))
 
 
