@@ -96,7 +96,8 @@ def markdown(self:LeaveOneOutReport)->str:
 def _repr_markdown_(self:LeaveOneOutReport): return self.markdown()
 
 @patch
-def __repr__(self:LeaveOneOutReport): return f'LeaveOneOutReport(private, of {len(self.llr)} examples)'
+def __repr__(self:LeaveOneOutReport):
+    return f'LeaveOneOutReport(private, of {len(self.llr)} examples)'
 
 # %% ../../nbs/rooms/audit/leave_one_out.ipynb #154734cc
 class Witness:
