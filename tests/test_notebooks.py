@@ -51,7 +51,7 @@ def marked(path):
     return pytest.param(path, marks=[pytest.mark.slow] if path in SLOW else [])
 
 
-@pytest.mark.parametrize("path", map(marked, sorted(RUN, key=lambda p: p not in SLOW)))
+@pytest.mark.parametrize("path", [marked(p) for p in sorted(RUN, key=lambda p: p not in SLOW)])
 def test_notebook(path, server):
     name = path.split("/")[-1].removesuffix(".ipynb")
     tables = (ROOT / "results" / "paper").glob(f"{name}*-miniature.csv") if path.startswith("nbs/paper/") else ()

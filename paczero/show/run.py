@@ -100,7 +100,7 @@ def plot_diagnostics(
     fig, axes = plt.subplots(rows, 2, figsize=(10.5, 3.1 * rows), squeeze=False)
     for ax, draw in zip(axes.flat, panels):
         draw(ax, steps, colour(result.metrics["mechanism"]), clip)
-    for ax in axes.flat[len(panels):]: ax.set_axis_off()
+    for ax in axes.flat[len(panels):]: fig.delaxes(ax)
     stamp_figure(fig, result)
     fig.tight_layout()
     return fig
