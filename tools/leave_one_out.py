@@ -4,7 +4,8 @@
     python tools/leave_one_out.py zpl mi     # some of them
 
 Some 30 minutes of one core. A run's folder holds the attack's own files, which are private where the data are: here the
-pool is the embedded one, which is public. Of each run `report.parquet` keeps Λ and the pivotal steps of every example.
+pool is the embedded one, which is public. `reports.parquet` keeps Λ and the pivotal steps of every
+example of each run.
 """
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from paczero.lab.choose import choose_recipe
 from paczero.lab.devices import with_dtype
 from paczero.lab.experiment import run_or_load
 from paczero.lab.start import recipe_data, recipe_network
+from paczero.run.runs import open_runs
 from paczero.tasks.task import on_public_data
 
 HOME = Path(__file__).resolve().parents[1]/"results"/"leave_one_out"
@@ -43,7 +45,7 @@ def make(case, seed):
     if case == "public":
         data = on_public_data(data)
     folder, watch = HOME/"runs"/f"{case}-s{seed}", LeaveOneOut(only=SOME if case.startswith("dpzero") else None)
-    if (folder/"metrics.json").exists():
+    if f"{case}-s{seed}" in {r.name for r in open_runs(HOME).values() if r.state == "finished"}:
         return
     network, tokenizer = recipe_network(recipe, "cpu")
     run_or_load(folder, network, tokenizer, data, recipe.make_mechanism(), recipe.config, watch=watch)
@@ -53,11 +55,10 @@ def make(case, seed):
 
 
 def save(report, name):
-    "Λ and pivotal steps of every example, and of every step how many it is pivotal for."
-    frame = pd.DataFrame(dict(llr=report.llr, pivotal=report.pivotal))
-    frame.attrs = dict(mechanism=report.mechanism, note=report.note, steps=report.steps.tolist())
-    (HOME/"reports").mkdir(parents=True, exist_ok=True)
-    frame.to_parquet(HOME/"reports"/f"{name}.parquet")
+    "Λ and pivotal steps of every example, behind those of the other runs."
+    file, frame = HOME/"reports.parquet", pd.DataFrame(dict(run=name, llr=report.llr, pivotal=report.pivotal))
+    before = pd.read_parquet(file) if file.exists() else frame[:0]
+    pd.concat([before[before.run != name], frame], ignore_index=True).to_parquet(file)
     print(name, report.summary(), flush=True)
 
 
