@@ -42,8 +42,7 @@ def write_report(
     "Write table and page, for the owner alone."
     for name, write in ((TABLE, lambda f: report.table().to_parquet(f)),
                         (PAGE, lambda f: f.write(report.markdown().encode()))):
-        with replacing(Path(folder)/name) as f:
-            os.chmod(f.name, 0o600)
+        with replacing(Path(folder)/name, private=True) as f:
             write(f)
 
 # %% ../../nbs/rooms/audit/watch.ipynb #3f6eec16

@@ -9,7 +9,7 @@ __all__ = ['SEES', 'BudgetLaw']
 import numpy as np
 from fastcore.basics import patch
 from ..information import binary_channel_mi, binary_entropy, sigma_for_mi
-from .law import bit_ratio, ImpossibleRelease, Law
+from .law import bit_ratio, ImpossibleRelease, SubsetLaw
 
 # %% ../../nbs/rooms/mechanisms/mi_law.ipynb #5689b5ad
 SEES = ('sign', 'number')
@@ -17,7 +17,7 @@ _NOTES = dict(sign='reads the signs, as the transcript has them; its odds are ap
               number='sees the noisy number behind each sign, which the transcript does not have')
 
 # %% ../../nbs/rooms/mechanisms/mi_law.ipynb #ec141ab4
-class BudgetLaw(Law):
+class BudgetLaw(SubsetLaw):
     "The law of `MIBudget`, under beliefs that each pool's own releases would have left."
     def __init__(self, design, *,
         budget:float, steps:int, schedule:str, directions:int, # as for MIBudget

@@ -88,12 +88,13 @@ _PANELS = dict(clipped=_draw_clipped, ghat_max=_draw_largest, subset_var=_draw_s
 # %% ../../nbs/rooms/show/run.ipynb #0000001d
 def plot_diagnostics(
     result, # FineTuneResult: its `history`
-    clip:float=None, # c, drawn beside the largest differences
+    clip:float=None, # c, drawn beside the largest differences; None: nothing can be clipped, and no panel says so
 ): # None where nothing of it is known
     "How the steps of a run looked from inside, for the owner of its data; returns the figure."
     import matplotlib.pyplot as plt
     history = result.history
-    panels = [draw for name, draw in _PANELS.items() if name in history and history[name].notna().any()]
+    panels = [draw for name, draw in _PANELS.items() if name in history and history[name].notna().any()
+              and (name != "clipped" or clip is not None)]
     if not panels: return None
     style()
     rows, steps = math.ceil(len(panels) / 2), history.groupby("step")

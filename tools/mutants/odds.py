@@ -41,7 +41,7 @@ MUTANTS = [
            "return np.isposinf(self.llr)", "return np.isneginf(self.llr)", "nbs/rooms/audit/watch.ipynb"),
     # audit/watch
     Mutant("audit/watch", "for everybody's eyes", "the owner's files are readable by all",
-           "os.chmod(f.name, 0o600)", "os.chmod(f.name, 0o644)"),
+           "replacing(Path(folder)/name, private=True)", "replacing(Path(folder)/name)"),
     Mutant("audit/watch", "a batch out of place", "a batch's numbers stand at the pool's beginning",
            "    out[:, rows] = seen\n", "    out[:, :len(rows)] = seen\n"),
     Mutant("audit/watch", "other data", "another pool's differences are taken for the run's",
