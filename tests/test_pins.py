@@ -29,7 +29,6 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from paczero.finetune import FineTuneConfig, Runtime, finetune, load_result
 from paczero.mechanisms import make_mechanism
@@ -38,6 +37,7 @@ from paczero.paper import cell, cells, recipe_for
 from paczero.run.runs import open_runs
 from paczero.tasks import load_task
 from paczero.transcript import Chain, Transcript, replay, weights_digest
+from stops import Stop
 
 HERE = Path(__file__).resolve().parent
 PINS, RECIPES, RESULTS = HERE / "pins.json", HERE / "recipes.json", HERE.parent / "results"
@@ -78,17 +78,6 @@ PAGES = {
     "dpzero": dict(name="dpzero", epsilon=2.0, sample_rate=0.25, steps=1, clip=20.0),
     "dp-aggzo": dict(name="dp-aggzo", epsilon=2.0, sample_rate=0.25, steps=1, clip=20.0, directions=2),
 }
-
-
-class Stop(TrainerCallback):
-    "A user's Ctrl-C after so many steps."
-
-    def __init__(self, after):
-        self.after = after
-
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step == self.after:
-            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 
 from paczero.directions import Theta
 from paczero.finetune import FineTuneConfig, Runtime, finetune
@@ -21,19 +20,12 @@ from paczero.run.shares import Share
 from paczero.run.talk import Team
 from paczero.tasks import load_task
 from paczero.transcript import weights_digest
+from stops import Stop
 from twins import bits, twin_of
 
 REAL = {(cls, name): getattr(cls, name) for cls, name in (
     (Theta, "update"), (Share, "losses"), (OSEntropy, "bits"), (OSEntropy, "below"))}
 CONFIG = FineTuneConfig(steps=6, lr=1e-3, m=8, eval_every=2, seed=3)
-
-
-class Breaks(TrainerCallback):
-    "Ctrl-C after three steps."
-
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
 
 
 class SecretBatches(ZPL):
@@ -103,7 +95,7 @@ class Player:
         "One run; what came of it on this rank, an error included."
         mechanism, (model, tokenizer) = mechanism or ZPL(), load_model("tiny-opt")
         folder = self.root / (folder or name.split(",")[0]) / str(self.rank)
-        callbacks = [Breaks] if name == "interrupt" and self.rank == 0 else ()
+        callbacks = [Stop(3)] if name == "interrupt" and self.rank == 0 else ()
         self.said.clear()
         for (cls, method), f in dict(change if self.rank in on else ()).items():
             setattr(cls, method, f)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from paczero.finetune import FineTuneConfig, Runtime, finetune, load_result
 from paczero.mechanisms import ZPL
@@ -16,18 +16,11 @@ from paczero.publish import load_release, save_release
 from paczero.tasks import load_task
 from paczero.transcript import (Chain, Transcript, TranscriptError, replay, tokenizer_identity,
                                 weights_digest)
+from stops import Stop
 from strangers import entries_of, rechain
 
 TASK = load_task("reviews", seed=0, n_train=16, n_dev=4, n_eval=4)
 CONFIG = FineTuneConfig(steps=4, lr=1e-3, m=8, eval_every=4, seed=1)
-
-
-class Stop(TrainerCallback):
-    "A user's Ctrl-C after two steps."
-
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step == 2:
-            raise KeyboardInterrupt
 
 
 def go(folder, model=None, tokenizer=None, callbacks=(), track="full"):
@@ -46,7 +39,7 @@ def state(tmp_path, monkeypatch):
 def half(tmp_path):
     "A run of four steps that was stopped after two."
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "run", callbacks=[Stop])
+        go(tmp_path / "run", callbacks=[Stop(2)])
     return tmp_path / "run"
 
 
@@ -318,7 +311,7 @@ def test_fifty_thousand_tokens_take_little_time():
 def test_an_adapter_names_its_scale(tmp_path):
     "Rank and alpha alone do not: a rank-stabilised adapter multiplies by alpha / √rank."
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "run", callbacks=[Stop], track="lora")
+        go(tmp_path / "run", callbacks=[Stop(2)], track="lora")
     model, _ = load_model("tiny-opt", track="lora")
     for m in model.modules():
         if isinstance(getattr(m, "scaling", None), dict):

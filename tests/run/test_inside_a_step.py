@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from transformers import TrainerCallback
 
 from paczero.finetune import FineTuneConfig, finetune, load_result
 from paczero.mechanisms import MIBudget, NonPrivate, ZPL
@@ -25,6 +24,7 @@ from paczero.subsets import SubsetDesign
 from paczero.tasks import load_task
 
 from common import environment, ROOT
+from stops import Stop
 
 pytest.importorskip("opacus")
 from paczero.mechanisms.gaussian import DPAggZO, DPZero
@@ -41,17 +41,6 @@ class Keeps(Watch):
 
     def see(self, t, seen, releases, rows):
         self.seen.append((seen, releases))
-
-
-class Stop(TrainerCallback):
-    "A user's Ctrl-C after so many steps."
-
-    def __init__(self, after):
-        self.after = after
-
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step == self.after:
-            raise KeyboardInterrupt
 
 
 def run(mechanism, folder=None, callbacks=(), watch=Watch(), **changes):

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
-from transformers import TrainerCallback
 
 from paczero.finetune import FineTuneConfig, Runtime, finetune
 from paczero.mechanisms import DPZero, MIBudget, NonPrivate, ZPL
@@ -22,6 +21,8 @@ from paczero.run.mark import Mark, kept_file
 from paczero.subsets import SubsetDesign
 from paczero.tasks import load_task
 from paczero.transcript import TranscriptError, log, read_log
+
+from stops import Stop
 
 STEPS, N = 5, 24
 HEADER = dict(format="paczero-transcript/1", mechanism=dict(name="a test's"))
@@ -292,20 +293,11 @@ CONFIG = FineTuneConfig(steps=12, lr=1e-3, m=64, eval_every=4, seed=3, clip=20.0
 DP = dict(epsilon=2.0, sample_rate=0.25, steps=12, clip=20.0, accountant="rdp")
 
 
-def stop_after(n):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state_, control, **kw):
-            if state_.global_step == n:
-                raise KeyboardInterrupt
-
-    return Stop
-
-
 def go(mechanism, folder, stop=None):
     "The run, from wherever it stands: to its end, or to a Ctrl-C."
     with suppress(KeyboardInterrupt):
         return finetune(*load_model("tiny-opt"), TASK, mechanism(), CONFIG, folder=folder,
-                        callbacks=[stop_after(stop)] if stop else (), runtime=Runtime(test=False))
+                        callbacks=[Stop(stop)] if stop else (), runtime=Runtime(test=False))
 
 
 BUDGETS = dict(mi=lambda: MIBudget(budget=0.33, steps=12), dp=lambda: DPZero(**DP))
